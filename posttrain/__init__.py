@@ -1,0 +1,29 @@
+"""posttrain: LLM post-training methods that compose, on top of TRL.
+
+Importing the package is cheap: torch, transformers and TRL are loaded when a trainer is first
+touched, so that ``posttrain check`` and the verifier workers start in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "GRPOTrainer": "posttrain.rl.trainer",
+    "SFTTrainer": "posttrain.sft.trainer",
+}
+
+__all__ = ["GRPOTrainer", "SFTTrainer", "__version__"]
+
+if TYPE_CHECKING:
+    from posttrain.rl.trainer import GRPOTrainer
+    from posttrain.sft.trainer import SFTTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
