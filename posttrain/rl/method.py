@@ -1,0 +1,185 @@
+"""The method protocol of the GRPO family.
+
+A method is a pure function (tensors in, tensors out) and a small class that wires it to one or more
+stages. The class is a pydantic model: its fields are the configuration, typed and ranged, and they can be
+read without importing torch. Stages, in order; each has a default that does nothing:
+
+=============  ===========================  ====================================================
+stage          when                         hook
+=============  ===========================  ====================================================
+reward         once per generation batch    :meth:`Method.rewards`
+advantage      once per generation batch    :meth:`Method.advantages`
+token weight   every micro-step             :meth:`Method.token_weights`
+token penalty  every micro-step             :meth:`Method.token_penalty`
+optimiser      once per optimiser step      :meth:`Method.optimizer_step`
+=============  ===========================  ====================================================
+
+To add a method, write one file in ``posttrain/rl/`` with one subclass of :class:`Method`; it is found by
+its ``name``. Nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+
+    from posttrain.rl.gauges import Gauges
+
+Need = Literal["ref_logps"]
+"""What the trainer can compute once for all methods that ask for it.
+
+``ref_logps``: log-probabilities under the initial policy, whatever ``beta`` is.
+"""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method may look at when the configuration is read; no torch, no model.
+
+    Attributes:
+        trainer: Every field of the TRL configuration with its value (defaults filled in).
+        methods: Names of all methods of the run, in order.
+        adapter: Whether a PEFT adapter is trained.
+        task: ``"rlvr"`` in a config run, or None when the trainer is built in Python.
+    """
+
+    trainer: Mapping[str, Any]
+    methods: tuple[str, ...] = ()
+    adapter: bool = False
+    task: str | None = None
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """One reason why a setup cannot (error) or should not (warning) run.
+
+    Attributes:
+        message: What was found, what was needed and the fix.
+        field: The field of ``trainer`` or of the method that is to be changed, for the line number.
+        fatal: Whether the run is refused.
+    """
+
+    message: str
+    field: str | None = None
+    fatal: bool = True
+
+
+@dataclass
+class Rollout:
+    """One generation batch on this rank, after rewards. B rows, C completion tokens, F reward functions.
+
+    Attributes:
+        rewards: (B, F), one column per reward function, NaN where a function does not apply.
+        reward: (B,), the weighted sum that TRL normalises; NaN for a row without any reward.
+        tied: (B,) bool, the row's group has all rewards equal, so its advantage is zero by definition.
+        advantages: (B,) or (B, C) as TRL computed them, then as earlier methods left them.
+        mask: (B, C), 1 on tokens written by the model.
+        old_logps: (B, C) under the policy that generated, or None on-policy (equal to the live ones).
+        ref_logps: (B, C) under the initial policy, or None when nobody needs them.
+        carry: Row-shaped tensors a method wants back in the loss, by key; shuffled and split with the rows.
+        gauges: Where a method logs numbers.
+    """
+
+    rewards: torch.Tensor
+    reward: torch.Tensor
+    tied: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    old_logps: torch.Tensor | None
+    ref_logps: torch.Tensor | None
+    gauges: Gauges
+    carry: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Tokens:
+    """One micro-batch in the loss. B rows, C completion tokens.
+
+    Attributes:
+        logps: (B, C) log pi of the sampled tokens, natural log, fp32, with gradient.
+        entropies: (B, C) in nats, with gradient.
+        old_logps: (B, C) without gradient; on-policy the live values, detached.
+        ref_logps: (B, C) under the initial policy, or None when nobody needs them.
+        advantages: (B,) or (B, C) as the advantage stage left them.
+        reward: (B,) weighted reward of each row.
+        tied: (B,) bool, all rewards of the row's group are equal.
+        mask: (B, C), 1 on tokens written by the model.
+        carry: What :attr:`Rollout.carry` held for these rows.
+        gauges: Where a method logs numbers.
+    """
+
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    old_logps: torch.Tensor
+    ref_logps: torch.Tensor | None
+    advantages: torch.Tensor
+    reward: torch.Tensor
+    tied: torch.Tensor
+    mask: torch.Tensor
+    gauges: Gauges
+    carry: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Method(BaseModel):
+    """Base class of every method.
+
+    Subclasses set ``name``, ``title`` and ``paper``, declare their parameters as pydantic fields, and
+    override the stages they act in. The docstring of their module is their documentation page.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str | None] = None
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the parameters make the method do nothing; it is then skipped, bit for bit."""
+        return False
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the trainer has to compute for this method."""
+        return frozenset()
+
+    def conflicts(self, setup: Setup) -> Iterator[Conflict]:
+        """Yield what in ``setup`` does not go with this method. Called before anything is loaded."""
+        del setup
+        return iter(())
+
+    def rewards(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Reshape the gathered (completions of all ranks x reward functions) matrix."""
+        return rewards
+
+    def advantages(self, rollout: Rollout) -> torch.Tensor:
+        """Return the advantages to use, (B,) or (B, C)."""
+        return rollout.advantages
+
+    def token_weights(self, tokens: Tokens) -> torch.Tensor | None:
+        """Return non-negative factors of the policy term, (B, 1) or (B, C), or None for all ones."""
+        del tokens
+        return None
+
+    def token_penalty(self, tokens: Tokens) -> torch.Tensor | None:
+        """Return a (B, C) term to add to the per-token loss, or None. It gets the divisor of the base loss."""
+        del tokens
+        return None
+
+    def optimizer_step(self) -> None:
+        """Update controllers; called once per optimiser step, on every rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on exactly; tensors and plain Python values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        if state:
+            raise ValueError(f"method {self.name!r} keeps no state, but the checkpoint holds {sorted(state)}")
