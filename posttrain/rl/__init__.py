@@ -6,18 +6,16 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 
 def __getattr__(name: str) -> Any:
     if name == "GRPOTrainer":
-        from posttrain.rl.trainer import GRPOTrainer
-
-        return GRPOTrainer
-    if not name.startswith("_"):
-        from posttrain.rl import registry
-
-        for cls in registry.available().values():
+        return importlib.import_module("posttrain.rl.trainer").GRPOTrainer
+    # classes only: module names must fall through, or importing the registry would ask for itself
+    if name[0].isupper():
+        for cls in importlib.import_module("posttrain.rl.registry").available().values():
             if cls.__name__ == name:
                 return cls
     raise AttributeError(f"module 'posttrain.rl' has no attribute {name!r}")
