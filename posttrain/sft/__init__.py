@@ -1,1 +1,1 @@
-"""TBD."""
+"""The SFT family."""

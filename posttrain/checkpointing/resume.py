@@ -1,0 +1,269 @@
+"""A Trainer mixin that resumes bit for bit at any step and never leaves a half-written checkpoint.
+
+Saving
+    A checkpoint is written into ``OUTPUT_DIR/_saving`` and renamed to ``checkpoint-N`` when every rank is
+    done. A folder called ``checkpoint-N`` is therefore complete, whatever killed the run; old checkpoints are
+    only deleted after the rename.
+
+Resuming
+    transformers restores weights, optimiser, scheduler, scaler, random states and the data order. This adds,
+    per rank, what it leaves out: rollouts that are buffered between generations, the position in them, sums
+    behind the numbers that are logged every few steps, and the state of methods.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.training_args import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+_STAGING = "_saving"  # the leading underscore keeps it out of Hub uploads
+_FORMAT = 1
+# What the loop keeps between two logs; it is reset when training starts, so it is restored after that.
+_LOOP = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
+# What TRL's trainers keep on themselves, where present.
+_TRAINER = ("_step", "_total_train_tokens", "_buffered_inputs")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or does not fit the run that wants to resume from it."""
+
+
+class _RestoreLoop(TrainerCallback):
+    """Puts the loop's sums back once the loop has reset them."""
+
+    def __init__(self, trainer: ExactResume) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for name, value in self.trainer._pending_loop.items():
+            setattr(self.trainer, name, value)
+        self.trainer._pending_loop = {}
+
+
+class ExactResume(Trainer):
+    """Mixin; put it before the TRL trainer in the bases."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._pending_loop: dict[str, Any] = {}
+        self._staging: Path | None = None
+        super().__init__(*args, **kwargs)
+        self.add_callback(_RestoreLoop(self))
+
+    # ---- what is saved ----------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what this rank needs beyond transformers' own checkpoint. Subclasses add to it."""
+        state: dict[str, Any] = {
+            "format": _FORMAT,
+            "shape": self._batch_shape(),
+            "loop": {name: getattr(self, name) for name in _LOOP},
+            "trainer": {name: getattr(self, name) for name in _TRAINER if hasattr(self, name)},
+        }
+        if hasattr(self, "_metrics"):
+            state["metrics"] = {mode: dict(values) for mode, values in self._metrics.items()}
+        if hasattr(self, "_logs"):
+            state["logs"] = _plain_logs(self._logs)
+        return state
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`extra_state` returned.
+
+        Raises:
+            CheckpointError: The batch layout changed while rollouts were buffered.
+        """
+        found, needed = state["shape"], self._batch_shape()
+        if found != needed and self._needs_buffer(state):
+            changed = [f"{key}: {found.get(key)} then, {needed.get(key)} now" for key in needed if found.get(key) != needed[key]]
+            raise CheckpointError(
+                "the checkpoint holds rollouts that are not used up, and they do not fit this run "
+                f"({'; '.join(changed)}). Resume with the old settings, or from a checkpoint on a generation boundary."
+            )
+        self._pending_loop = state["loop"]
+        for name, value in state["trainer"].items():
+            setattr(self, name, _to_device(value, self.args.device))
+        for mode, values in state.get("metrics", {}).items():
+            self._metrics[mode] = defaultdict(list, values)
+        if "logs" in state:
+            _restore_logs(self._logs, state["logs"])
+
+    def _batch_shape(self) -> dict[str, Any]:
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+        shape = {name: getattr(self.args, name, None) for name in (*names, "num_iterations", "num_generations")}
+        return {**shape, "world_size": self.args.world_size}
+
+    @staticmethod
+    def _needs_buffer(state: dict[str, Any]) -> bool:
+        every = (state["shape"]["steps_per_generation"] or 1) * (state["shape"]["num_iterations"] or 1)
+        step: int = state["trainer"].get("_step", 0)
+        return step % every != 0
+
+    # ---- saving -----------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, final = run_dir / _STAGING / name, run_dir / name
+        if self.args.should_save:
+            shutil.rmtree(run_dir / _STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        push, best = self.args.push_to_hub, self.state.best_model_checkpoint
+        try:
+            self.args.push_to_hub = False  # uploads follow the rename
+            with self._stage(run_dir / _STAGING):
+                super()._save_checkpoint(model, trial)
+            staged.mkdir(parents=True, exist_ok=True)
+            if not self.args.save_only_model:
+                torch.save(self.extra_state(), staged / _state_file(self.args.process_index))
+            if self.args.should_save:
+                self._correct_best_checkpoint(run_dir, best)
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+                _flush_to_disk(staged)
+        except OSError as error:
+            last = newest_checkpoint(run_dir)
+            kept = f"the last good one is {last.name}" if last else "no earlier one exists"
+            raise CheckpointError(
+                f"could not write checkpoint {self.state.global_step} under {run_dir}: {error}; {kept}. "
+                "Free disk space (or lower save_total_limit) and resume."
+            ) from error
+        finally:
+            self.args.push_to_hub = push
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            _replace(staged, final)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+        if push:
+            self._push_from_checkpoint(str(final))
+
+    @contextlib.contextmanager
+    def _stage(self, folder: Path) -> Iterator[None]:
+        self._staging = folder
+        try:
+            yield
+        finally:
+            self._staging = None
+
+    def _correct_best_checkpoint(self, run_dir: Path, before: str | None) -> None:
+        """Point ``best_model_checkpoint`` at its final place; transformers looked for it in the staging folder."""
+        self.state.best_model_checkpoint = before
+        if self.state.best_global_step:
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best.exists() or self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(best)
+
+    # ---- resuming ---------------------------------------------------------------------------------------
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / _state_file(self.args.process_index)
+        if path.exists():
+            self.load_extra_state(torch.load(path, map_location="cpu", weights_only=True))
+            return
+        logger.warning(
+            "%s holds no posttrain state (written by plain TRL, or by a run with another number of processes): "
+            "the resume is exact only on a generation boundary.",
+            checkpoint,
+        )
+        if hasattr(self, "_step"):
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+
+
+def newest_checkpoint(run_dir: str | Path) -> Path | None:
+    """Return the complete checkpoint with the highest step under ``run_dir``, or None."""
+    folder = Path(run_dir)
+    steps = {
+        int(path.name.rpartition("-")[2]): path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and path.name.rpartition("-")[2].isdigit()
+    }
+    return steps[max(steps)] if steps else None
+
+
+def _state_file(rank: int) -> str:
+    return f"posttrain_state_{rank}.pt"
+
+
+def _plain_logs(logs: dict[str, Any]) -> dict[str, Any]:
+    """Return TRL's table of the latest completions as plain lists; images are left to the next generation."""
+    plain: dict[str, Any] = {name: _plain(list(logs[name])) for name in ("prompt", "completion", "advantages")}
+    for name in ("rewards", "extra"):
+        plain[name] = {column: _plain(list(values)) for column, values in logs[name].items()}
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` in types that a safe load accepts; user-logged objects become their text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or type(value) in (str, int, float, bool) else str(value)
+
+
+def _restore_logs(logs: dict[str, Any], plain: dict[str, Any]) -> None:
+    for name in ("prompt", "completion", "advantages"):
+        logs[name].extend(plain[name])
+    for name in ("rewards", "extra"):
+        for column, values in plain[name].items():
+            logs[name][column] = deque(values, maxlen=logs["prompt"].maxlen)
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_device(item, device) for item in value]
+    return value
+
+
+def _replace(staged: Path, final: Path) -> None:
+    """Move a complete folder into place; on a shared file system one of several nodes does it."""
+    if final.exists():
+        # a resumed run reached this step again: move the old folder aside before deleting it
+        aside = staged.parent / f"old-{final.name}"
+        final.rename(aside)
+    try:
+        staged.rename(final)
+    except FileNotFoundError:
+        if not final.exists():
+            raise
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """Ask the operating system to write the files out, so that a power cut cannot empty a renamed folder."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,61 @@
+"""Numbers that methods log, reduced over all ranks with one collective per stage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from posttrain._lazy import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Gauges:
+    """Collects a stage's numbers under ``method/name``.
+
+    Every rank must log the same names in a stage, also when it has no rows: a mean over nothing adds
+    nothing. The values leave as exact global means and maxima, not means of per-rank means.
+    """
+
+    def __init__(self) -> None:
+        self._method = ""
+        self._sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._maxima: dict[str, torch.Tensor] = {}
+
+    def enter(self, method: str) -> None:
+        """Log what follows under ``method/``."""
+        self._method = method
+
+    def mean(self, name: str, values: torch.Tensor, where: torch.Tensor | None = None) -> None:
+        """Log the mean of ``values``, over the entries where ``where`` is non-zero if it is given."""
+        values = values.detach().double()
+        chosen = torch.ones_like(values) if where is None else where.detach().double().expand_as(values)
+        kept = torch.where(chosen != 0, values, torch.zeros_like(values))
+        self._sums[f"{self._method}/{name}"] = (kept.sum(), (chosen != 0).double().sum())
+
+    def max(self, name: str, values: torch.Tensor) -> None:
+        """Log the largest of ``values``; nothing when no rank has any."""
+        values = values.detach().double().flatten()
+        lowest = torch.full((1,), -torch.inf, dtype=torch.float64, device=values.device)
+        self._maxima[f"{self._method}/{name}"] = torch.cat([values, lowest]).max()
+
+    def flush(self, accelerator: Accelerator) -> dict[str, float]:
+        """Reduce over ranks and return name -> value; names without any entry are left out."""
+        mean_names, max_names = sorted(self._sums), sorted(self._maxima)
+        if not mean_names and not max_names:
+            return {}
+        packed = [torch.stack(self._sums[name]) for name in mean_names]
+        maxima = [self._maxima[name] for name in max_names]
+        local = torch.cat([*packed, torch.stack(maxima)] if maxima else packed).unsqueeze(0)
+        # float64 is not available on every backend (MPS); gauges do not need it across ranks
+        gathered = accelerator.gather(local.float() if local.device.type == "mps" else local).double().cpu()
+        self._sums, self._maxima = {}, {}
+        totals = gathered[:, : 2 * len(mean_names)].sum(dim=0).view(-1, 2)
+        values = {
+            name: (total / count).item()
+            for name, (total, count) in zip(mean_names, totals, strict=True)
+            if count > 0
+        }
+        peaks = gathered[:, 2 * len(mean_names) :].amax(dim=0).tolist()
+        values.update({name: peak for name, peak in zip(max_names, peaks, strict=True) if peak > -float("inf")})
+        return values

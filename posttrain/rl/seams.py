@@ -1,0 +1,320 @@
+"""Every place where posttrain touches the inside of ``trl.GRPOTrainer``, and nothing else.
+
+Checked against TRL 1.16; ``tests/rl/test_rl_seams.py`` holds one contract test per seam, so that an upgrade
+of TRL breaks a test with a readable name. Upstream's loss is never copied: what methods change goes in
+through its inputs (advantages) or is added to its result with the same divisor.
+
+======================================  =======================================================
+seam                                    what is relied on
+======================================  =======================================================
+``_calculate_rewards``                  returns the gathered (rows of all ranks, functions) matrix
+``_generate_and_score_completions``     row-shaped tensors in its dict reach the loss
+``_get_per_token_logps_and_entropies``  is called first in the loss, with gradient
+``_compute_loss``                       reads ``inputs["advantages"]`` after that call; (B, C) is allowed
+divisors                                :func:`aggregate` reproduces each ``loss_type``'s
+``_get_train_sampler``                  a RepeatSampler with its own generator
+``_logs``                               the latest prompts, completions, rewards and advantages
+======================================  =======================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch.utils.data import Sampler
+from trl import GRPOTrainer as TRLGRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import (
+    RepeatSampler,
+    add_fused_lm_head,
+    create_model_from_path,
+    disable_dropout_in_model,
+    get_config_model_id,
+    use_adapter,
+)
+
+# What a forward needs beside ids and mask; present for multimodal models only.
+_FORWARD_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+def aggregate(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    loss_type: str,
+    *,
+    accumulation: float,
+    max_completion_length: int,
+    items: torch.Tensor | float,
+) -> torch.Tensor:
+    """Reduce a per-token term to a scalar with exactly the divisor of TRL's ``loss_type``.
+
+    Args:
+        values: (B, C) per-token term.
+        mask: (B, C), 1 on tokens that count.
+        loss_type: Any of TRL's.
+        accumulation: Micro-steps of the current optimiser step; 1 in evaluation.
+        max_completion_length: The constant of ``dr_grpo``.
+        items: Active tokens of one accumulation window per process (``dapo``, ``cispo``, ``vespo``).
+
+    Raises:
+        ValueError: Unknown ``loss_type``.
+    """
+    masked = values * mask
+    if loss_type in ("grpo", "sapo"):
+        return (masked.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean() / accumulation
+    if loss_type == "bnpo":
+        return masked.sum() / mask.sum().clamp(min=1.0) / accumulation
+    if loss_type == "dr_grpo":
+        return masked.sum() / (values.size(0) * max_completion_length) / accumulation
+    if loss_type in ("dapo", "cispo", "vespo"):
+        return masked.sum() / items
+    if loss_type == "luspo":
+        return masked.sum(-1).mean() / accumulation
+    raise ValueError(f"no divisor is known for loss_type={loss_type!r}")
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's sampler whose order depends on (seed, epoch) alone, so that a resumed run sees the same rows.
+
+    An uninterrupted run gets the order of ``RepeatSampler``; upstream restarts at the first epoch's order
+    after a resume, because its generator is not saved.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Put the generator where it stands at the start of ``epoch`` (0-based)."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+
+
+class GRPOSeams(TRLGRPOTrainer):
+    """TRL's trainer with four hooks; with :attr:`hooked` False it is TRL, bit for bit."""
+
+    #: Set by the subclass before ``super().__init__``: whether the hooks are called at all.
+    hooked: bool = False
+    #: Whether ``ref_per_token_logps`` must be in every batch, also with ``beta=0``.
+    wants_reference: bool = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._open_batch: dict[str, Any] | None = None
+        self._gathered_rewards: torch.Tensor | None = None
+        self._own_reference: torch.nn.Module | None = None
+        super().__init__(*args, **kwargs)
+        if self.wants_reference and self.beta == 0.0:
+            self._build_reference()
+
+    # ---- hooks ------------------------------------------------------------------------------------------
+
+    def on_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Reshape the gathered (rows of all ranks, functions) rewards."""
+        return rewards
+
+    def on_rollout(self, batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
+        """Change a generation batch; ``rewards`` is the gathered matrix."""
+        del rewards
+        return batch
+
+    def on_tokens(self, batch: dict[str, Any], logps: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+        """Return the advantages of a micro-batch, given its live statistics."""
+        del logps, entropies
+        return batch["advantages"]
+
+    def on_loss(self, loss: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        """Add to the loss of a micro-batch."""
+        del batch
+        return loss
+
+    # ---- seams ------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._gathered_rewards = self.on_rewards(rewards)
+        return self._gathered_rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        if self.wants_reference and "ref_per_token_logps" not in batch:
+            batch["ref_per_token_logps"] = self._reference_logps(batch)
+        if self.hooked:
+            assert self._gathered_rewards is not None
+            batch = self.on_rollout(batch, self._gathered_rewards)
+        return batch
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if self._open_batch is not None:
+            logps, entropies, _ = result
+            self._open_batch["advantages"] = self.on_tokens(self._open_batch, logps, entropies)
+        return result
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if not self.hooked:
+            return super()._compute_loss(model, inputs)
+        self._open_batch = dict(inputs)  # a copy: buffered rollouts are used again in later iterations
+        try:
+            loss = super()._compute_loss(model, self._open_batch)
+            return self.on_loss(loss, self._open_batch)
+        finally:
+            self._open_batch = None
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        upstream = super()._get_train_sampler(dataset)
+        return EpochRepeatSampler(
+            data_source=upstream.data_source,
+            mini_repeat_count=upstream.mini_repeat_count,
+            batch_size=upstream.batch_size,
+            repeat_count=upstream.repeat_count,
+            shuffle=upstream.shuffle,
+            seed=upstream.seed,
+        )
+
+    # ---- what the seams give ----------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> str:
+        """``"train"`` or ``"eval"``, as TRL decides it."""
+        return "train" if self.model.training else "eval"
+
+    @property
+    def group_size(self) -> int:
+        """Completions per prompt in the current mode."""
+        return self.num_generations if self.mode == "train" else self.num_generations_eval
+
+    def loss_mask(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(B, C), 1 on tokens written by the model."""
+        mask = batch["completion_mask"]
+        return mask if "tool_mask" not in batch else mask * batch["tool_mask"]
+
+    def aggregate(self, values: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        """Reduce a (B, C) term with the divisor this run's loss uses for ``batch``."""
+        training = self.mode == "train"
+        accumulation = self.current_gradient_accumulation_steps if training else 1.0
+        items = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if training:
+            items = items * accumulation / self.args.steps_per_generation
+        return aggregate(
+            values,
+            self.loss_mask(batch),
+            self.loss_type,
+            accumulation=accumulation,
+            max_completion_length=self.max_completion_length,
+            items=items,
+        )
+
+    def group_rewards(self, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this rank's (reward, tied) from the gathered (rows, functions) matrix.
+
+        ``reward`` is TRL's weighted sum, NaN for a row that no function scored. ``tied`` tells whether all
+        scored rows of the group have equal rewards; with ``normalize_then_sum`` that means equal in every
+        function, because each is normalised by itself.
+        """
+        weights = self.reward_weights.to(rewards.device)
+        reward = (rewards * weights).nansum(dim=1)
+        reward[torch.isnan(rewards).all(dim=1)] = torch.nan
+        columns = rewards if self.multi_objective_aggregation == "normalize_then_sum" else reward.unsqueeze(1)
+        grouped = columns.view(-1, self.group_size, columns.size(1))
+        low = torch.where(grouped.isnan(), torch.inf, grouped).amin(dim=1)
+        high = torch.where(grouped.isnan(), -torch.inf, grouped).amax(dim=1)
+        tied = (low >= high).all(dim=1).repeat_interleave(self.group_size)
+        rows = rewards.size(0) // self.accelerator.num_processes
+        local = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
+        return reward[local], tied[local]
+
+    def last_completions(self) -> list[dict[str, Any]]:
+        """Return the latest generation batch of all ranks as rows, newest last."""
+        rewards = {name: list(values) for name, values in self._logs["rewards"].items()}
+        extra = {name: list(values) for name, values in self._logs["extra"].items()}
+        rows = []
+        for i, (prompt, completion, advantage) in enumerate(
+            zip(self._logs["prompt"], self._logs["completion"], self._logs["advantages"], strict=True)
+        ):
+            row = {"prompt": prompt, "completion": completion, "advantage": advantage}
+            row["rewards"] = {name: values[i] for name, values in rewards.items()}
+            row.update({name: values[i] for name, values in extra.items() if i < len(values)})
+            rows.append(row)
+        return rows
+
+    # ---- the reference policy ---------------------------------------------------------------------------
+
+    def _build_reference(self) -> None:
+        """Make the initial policy available although ``beta=0`` made TRL skip it."""
+        policy = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(policy):
+            if self._adapter_is_pretrained:
+                # the initial policy is base + this adapter, so keep a frozen copy of it (as TRL does with beta > 0)
+                policy.add_adapter("ref", policy.peft_config["default"])
+                for name, parameter in policy.named_parameters():
+                    if ".default." in name:
+                        policy.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            # parameters may be sharded: read the checkpoint again instead of copying them
+            init_kwargs = dict(self.args.model_init_kwargs or {})
+            init_kwargs.setdefault("dtype", policy.dtype)
+            init_kwargs["device_map"] = None
+            init_kwargs.setdefault("attn_implementation", policy.config._attn_implementation)
+            init_kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
+            reference = create_model_from_path(get_config_model_id(policy.config), **init_kwargs)
+        else:
+            reference = copy.deepcopy(policy)
+            reference.__dict__.pop("forward", None)  # TRL's patched forward belongs to the policy
+        if self.args.disable_dropout:
+            disable_dropout_in_model(reference)
+        reference.requires_grad_(False).eval()
+        add_fused_lm_head(
+            reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
+        )
+        if self.is_deepspeed_enabled:
+            self._own_reference = prepare_deepspeed(reference, self.accelerator)
+        elif self.is_fsdp_enabled:
+            self._own_reference = prepare_fsdp(reference, self.accelerator)
+        else:
+            self._own_reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    #: Whether the model came with a trained adapter; set by the subclass before ``super().__init__``.
+    _adapter_is_pretrained: bool = False
+
+    @contextlib.contextmanager
+    def _reference_model(self) -> Iterator[torch.nn.Module]:
+        if self._own_reference is not None:
+            yield self._own_reference
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+            yield self.model
+
+    def _reference_logps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(B, C) log-probabilities of a generation batch under the initial policy."""
+        training = self.mode == "train"
+        size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            self._reference_model() as reference,
+        ):
+            logps, _, _ = self._get_per_token_logps_and_entropies(
+                reference,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].size(1),
+                batch_size=size,
+                **{key: batch[key] for key in _FORWARD_KEYS if key in batch},
+            )
+        return logps

@@ -1,0 +1,220 @@
+"""``posttrain.GRPOTrainer``: TRL's trainer, same arguments, plus ``methods=``.
+
+The trainer knows stages, not methods. Each micro-step it multiplies the policy term of every token by the
+product of the methods' weights and adds the sum of their penalties; each rollout it lets them reshape
+rewards and advantages. What several methods need is computed once. With ``methods=[]``, or with every method
+at its neutral setting, nothing below runs and the result is TRL's, bit for bit.
+
+How weights reach TRL's loss: every ``loss_type`` is positively homogeneous in the advantage, so a weight
+w >= 0 on the advantage is a weight on the policy term. TRL accepts per-token advantages.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from trl import GRPOConfig
+
+from posttrain.checkpointing.resume import ExactResume
+from posttrain.guards import FiniteGuard
+from posttrain.rl.gauges import Gauges
+from posttrain.rl.method import Conflict, Method, Need, Rollout, Setup, Tokens
+from posttrain.rl.seams import GRPOSeams
+
+logger = logging.getLogger(__name__)
+
+_CARRY = "posttrain/"
+
+
+class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
+    """Group-relative policy optimisation with methods that compose.
+
+    Args:
+        *args: As ``trl.GRPOTrainer``.
+        methods: Methods in the order in which they act. Conflicts are refused here, before the model loads.
+        **kwargs: As ``trl.GRPOTrainer``.
+
+    Raises:
+        ValueError: Two methods of one name, or a combination that a method refuses.
+        TypeError: An entry of ``methods`` is not a :class:`~posttrain.rl.method.Method`.
+        FloatingPointError: During training, when a reward, log-probability, loss or gradient is not finite.
+    """
+
+    def __init__(self, *args: Any, methods: Sequence[Method] = (), **kwargs: Any) -> None:
+        self.methods: tuple[Method, ...] = tuple(methods)
+        self._active = tuple(method for method in self.methods if not getattr(method, "neutral", False))
+        model = args[0] if args else kwargs.get("model")
+        config = kwargs.get("args") or next((arg for arg in args if isinstance(arg, GRPOConfig)), None)
+        adapter = isinstance(model, PeftModel) or kwargs.get("peft_config") is not None
+        check_methods(self.methods, config, adapter=adapter)
+        self.hooked = bool(self._active)
+        self.wants_reference = self._anyone_needs("ref_logps")
+        self._adapter_is_pretrained = isinstance(model, PeftModel)
+        self._gauges = Gauges()
+        super().__init__(*args, **kwargs)
+
+    def _anyone_needs(self, need: Need) -> bool:
+        return any(need in method.needs for method in self._active)
+
+    # ---- stages -----------------------------------------------------------------------------------------
+
+    def on_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
+        rewards = self.drop_failed_rows(rewards)
+        self.refuse_infinite_rewards(rewards)
+        for method in self._active:
+            rewards = method.rewards(rewards)
+        return rewards
+
+    def on_rollout(self, batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
+        reward, tied = self.group_rewards(rewards)
+        rows = batch["prompt_ids"].size(0)
+        local = rewards[self.accelerator.process_index * rows :][:rows]
+        rollout = Rollout(
+            rewards=local,
+            reward=reward,
+            tied=tied,
+            advantages=batch["advantages"],
+            mask=self.loss_mask(batch),
+            old_logps=batch.get("old_per_token_logps"),
+            ref_logps=batch.get("ref_per_token_logps"),
+            gauges=self._gauges,
+        )
+        for method in self._active:
+            self._gauges.enter(method.name)
+            rollout.advantages = method.advantages(rollout)
+        self._log_gauges()
+        batch["advantages"] = rollout.advantages
+        batch[f"{_CARRY}reward"], batch[f"{_CARRY}tied"] = reward, tied
+        batch.update({f"{_CARRY}carry/{key}": value for key, value in rollout.carry.items()})
+        return batch
+
+    def on_tokens(self, batch: dict[str, Any], logps: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+        old_logps = batch.get("old_per_token_logps")
+        prefix = f"{_CARRY}carry/"
+        self._tokens = Tokens(
+            logps=logps,
+            entropies=entropies,
+            old_logps=logps.detach() if old_logps is None else old_logps,
+            ref_logps=batch.get("ref_per_token_logps"),
+            advantages=batch["advantages"],
+            reward=batch[f"{_CARRY}reward"],
+            tied=batch[f"{_CARRY}tied"],
+            mask=self.loss_mask(batch),
+            gauges=self._gauges,
+            carry={key.removeprefix(prefix): batch[key] for key in batch if key.startswith(prefix)},
+        )
+        advantages = batch["advantages"]
+        for method in self._active:
+            self._gauges.enter(method.name)
+            weights = method.token_weights(self._tokens)
+            if weights is not None:
+                columns = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+                advantages = columns * weights.detach().to(columns.dtype)
+        return advantages
+
+    def on_loss(self, loss: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        for method in self._active:
+            self._gauges.enter(method.name)
+            penalty = method.token_penalty(self._tokens)
+            if penalty is not None:
+                loss = loss + self.aggregate(penalty, batch)
+        self._log_gauges()
+        del self._tokens
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            for method in self._active:
+                method.optimizer_step()
+        return loss
+
+    # ---- rows that must not count -----------------------------------------------------------------------
+
+    def drop_failed_rows(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Take rows whose verifier failed out of their group's baseline.
+
+        TRL sums over reward functions and counts a missing one as 0. A verifier that crashed or ran out of
+        time says nothing about the answer, so the whole row is left out instead (advantage 0).
+        """
+        flags = [function.failed for function in self.reward_funcs if hasattr(function, "failed")]
+        if not flags:
+            return rewards
+        failed = torch.tensor([any(row) for row in zip(*flags, strict=True)], device=rewards.device)
+        failed = self.accelerator.gather(failed)
+        return rewards.masked_fill(failed.unsqueeze(1), torch.nan)
+
+    def refuse_infinite_rewards(self, rewards: torch.Tensor) -> None:
+        """Stop on an infinite reward, naming rows and functions.
+
+        Raises:
+            FloatingPointError: Some reward is +inf or -inf.
+        """
+        bad = torch.isinf(rewards)
+        if bad.any():
+            where = [
+                f"row {row}: {self.reward_func_names[column]} = {rewards[row, column].item()}"
+                for row, column in bad.nonzero().tolist()[:5]
+            ]
+            raise FloatingPointError(
+                f"{int(bad.sum())} infinite rewards at step {self.state.global_step} ({'; '.join(where)}). "
+                "Return None for an answer that cannot be scored, or bound the reward."
+            )
+
+    def _log_gauges(self) -> None:
+        for name, value in self._gauges.flush(self.accelerator).items():
+            self._metrics[self.mode][name].append(value)
+
+    # ---- exact resume -----------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict[str, Any]:
+        state = super().extra_state()
+        state["methods"] = {method.name: method.state_dict() for method in self.methods}
+        return state
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        saved = state.pop("methods")
+        if set(saved) != {method.name for method in self.methods}:
+            raise ValueError(
+                f"the checkpoint was written with methods {sorted(saved)}, this run has "
+                f"{sorted(method.name for method in self.methods)}: resume with the same methods, or start a new run"
+            )
+        for method in self.methods:
+            method.load_state_dict(saved[method.name])
+        super().load_extra_state(state)
+
+
+def check_methods(methods: Sequence[Method], config: GRPOConfig | None, *, adapter: bool) -> list[Conflict]:
+    """Refuse method combinations that cannot work; warn about doubtful ones.
+
+    Args:
+        methods: The methods of the run.
+        config: The TRL configuration, or None for its defaults.
+        adapter: Whether a PEFT adapter is trained.
+
+    Returns:
+        The warnings.
+
+    Raises:
+        ValueError, TypeError: See :class:`GRPOTrainer`.
+    """
+    for method in methods:
+        if not isinstance(method, Method):
+            raise TypeError(f"methods takes Method instances such as ACE(alpha=1.0), found {method!r}")
+    names = tuple(method.name for method in methods)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"each method may be given once, found {', '.join(twice)} more than once")
+    fields = {name: field.default for name, field in GRPOConfig.__dataclass_fields__.items()}
+    setup = Setup(trainer=vars(config) if config is not None else fields, methods=names, adapter=adapter)
+    conflicts = [conflict for method in methods for conflict in method.conflicts(setup)]
+    fatal = [conflict.message for conflict in conflicts if conflict.fatal]
+    if fatal:
+        raise ValueError("; ".join(fatal))
+    for conflict in conflicts:
+        logger.warning(conflict.message)
+    return conflicts
