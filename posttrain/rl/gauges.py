@@ -39,11 +39,11 @@ class Gauges:
         lowest = torch.full((1,), -torch.inf, dtype=torch.float64, device=values.device)
         self._maxima[f"{self._method}/{name}"] = torch.cat([values, lowest]).max()
 
-    def flush(self, accelerator: Accelerator) -> dict[str, float]:
-        """Reduce over ranks and return name -> value; names without any entry are left out."""
+    def flush(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
+        """Reduce over ranks and return (means, maxima) by name; names without any entry are left out."""
         mean_names, max_names = sorted(self._sums), sorted(self._maxima)
         if not mean_names and not max_names:
-            return {}
+            return {}, {}
         packed = [torch.stack(self._sums[name]) for name in mean_names]
         maxima = [self._maxima[name] for name in max_names]
         local = torch.cat([*packed, torch.stack(maxima)] if maxima else packed).unsqueeze(0)
@@ -51,11 +51,10 @@ class Gauges:
         gathered = accelerator.gather(local.float() if local.device.type == "mps" else local).double().cpu()
         self._sums, self._maxima = {}, {}
         totals = gathered[:, : 2 * len(mean_names)].sum(dim=0).view(-1, 2)
-        values = {
+        means = {
             name: (total / count).item()
             for name, (total, count) in zip(mean_names, totals, strict=True)
             if count > 0
         }
         peaks = gathered[:, 2 * len(mean_names) :].amax(dim=0).tolist()
-        values.update({name: peak for name, peak in zip(max_names, peaks, strict=True) if peak > -float("inf")})
-        return values
+        return means, {name: peak for name, peak in zip(max_names, peaks, strict=True) if peak > -torch.inf}

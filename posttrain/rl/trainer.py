@@ -166,8 +166,13 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
             )
 
     def _log_gauges(self) -> None:
-        for name, value in self._gauges.flush(self.accelerator).items():
-            self._metrics[self.mode][name].append(value)
+        means, maxima = self._gauges.flush(self.accelerator)
+        metrics = self._metrics[self.mode]
+        for name, value in means.items():
+            metrics[name].append(value)
+        for name, value in maxima.items():
+            # TRL logs the mean of a list: one entry, so that the log shows the largest since the last one
+            metrics[name] = [max([value, *metrics[name]])]
 
     # ---- exact resume -----------------------------------------------------------------------------------
 
