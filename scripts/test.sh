@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up and runs every check: format, lint, types, tests (fast ones first).
+#   bash scripts/test.sh [pytest arguments]
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
+cd "$ROOT"
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+if [ "$#" -eq 0 ]; then
+  "$VENV/bin/ruff" format --check .
+  "$VENV/bin/ruff" check .
+  "$VENV/bin/mypy"
+fi
+exec "$VENV/bin/python" -m pytest "$@"
