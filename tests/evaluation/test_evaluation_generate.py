@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer.utils import add_fused_lm_head
 
-from posttrain.evaluation.generate import generation_mode, sample
+from posttrain.evaluation.generate import _InverseCDF, generation_mode, sample
 
 PROMPTS = ["ab", "abcdefgh", "c", "hello"]
 
@@ -245,3 +245,11 @@ def test_a_broken_model_is_named_and_left_as_it_was(model, tokenizer) -> None:
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
         sample(model, tokenizer, ["ab"], n=1, max_new_tokens=4)
     assert model.training
+
+
+@pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-53, 3)])
+def test_a_token_of_probability_zero_is_never_drawn(draw: float, token: int) -> None:
+    scores = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]])
+    chooser = _InverseCDF(torch.tensor([[9.9, draw]], dtype=torch.float64), prompt_length=3)
+    kept = chooser(torch.zeros(1, 4, dtype=torch.long), scores)  # one token written: the second draw counts
+    assert torch.isfinite(kept).nonzero().tolist() == [[0, token]]
