@@ -193,6 +193,13 @@ class ExactResume(Trainer):
         if hasattr(self, "_step"):
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # resumed from its last checkpoint, a finished run would take one step more
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
     """Return the complete checkpoint with the highest step under ``run_dir``, or None."""

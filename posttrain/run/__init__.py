@@ -1,1 +1,1 @@
-"""TBD."""
+"""Carrying out a run configuration: the run directory, training, evaluation, export."""

@@ -113,6 +113,16 @@ def test_resumed_epochs_see_the_rows_of_an_uninterrupted_run(tmp_path):
     assert len(set(seen["whole"])) > 6  # 12 prompts at 2 a step: epochs of 6 steps with different orders
 
 
+def test_resuming_a_finished_run_takes_no_further_step(tmp_path):
+    settings = {"max_steps": 3, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3}
+    first = build(tmp_path, **settings)
+    first.train()
+    again = build(tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    support.assert_same(support.weights(again.model), support.weights(first.model))
+
+
 def test_changed_methods_are_refused(tmp_path):
     build(tmp_path, methods=[ACE()], stop=2).train()
     with pytest.raises(ValueError, match="was written with methods \\['ace'\\], this run has \\[\\]"):
