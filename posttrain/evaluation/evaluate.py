@@ -22,32 +22,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from posttrain.config.schema import EvaluateConfig
 from posttrain.evaluation.estimators import distinct_n
 from posttrain.evaluation.generate import Completion, encode_prompt, occurrences, prompt_digest, sample
-from posttrain.evaluation.results import STATUSES, Evaluation, Problem, Sample, summarise
+from posttrain.evaluation.results import Evaluation, Problem, Sample, summarise
+from posttrain.rewards.verdict import STATUSES, Verdict
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class VerdictLike(Protocol):
-    """What a verifier says of one completion; :class:`posttrain.rewards.verdict.Verdict` is one."""
-
-    @property
-    def status(self) -> str:
-        """One of correct, wrong, unparseable, error, timeout."""
-
-    @property
-    def score(self) -> float | None:
-        """The verifier's number, or None."""
-
-    @property
-    def answer(self) -> str | None:
-        """The answer that was read, or None."""
-
-
 class Verify(Protocol):
     """Judges completions; ``rows[i]`` is the data row that ``completions[i]`` answers."""
 
-    def __call__(self, completions: list[str], rows: list[dict[str, Any]]) -> Sequence[VerdictLike]:
+    def __call__(self, completions: list[str], rows: list[dict[str, Any]]) -> Sequence[Verdict]:
         """Return one verdict per completion, in order."""
 
 
@@ -63,8 +48,8 @@ def evaluate(
 ) -> Evaluation:
     """Sample ``config.samples`` completions of every problem, verify them and summarise.
 
-    A sample whose verifier ended in an error or a timeout is counted as such and is neither right nor
-    wrong: it does not enter n. A problem left with fewer than k valid samples is left out of pass@k and
+    A sample whose verifier ended in an error or a timeout, or did not apply (skipped), is counted as such
+    and is neither right nor wrong: it does not enter n. A problem left with fewer than k valid samples is left out of pass@k and
     maj@k, and counted in ``left_out``.
 
     Args:
@@ -173,8 +158,9 @@ def _evaluate_share(
     return list(zip(problems, groups, strict=True))
 
 
-def _judged(completion: Completion, verdict: VerdictLike) -> Sample:
-    status, score = verdict.status, verdict.score
+def _judged(completion: Completion, verdict: Verdict) -> Sample:
+    status: str = verdict.status
+    score = verdict.score
     if status not in STATUSES:
         raise ValueError(f"the verifier returned status {status!r}; known are {', '.join(STATUSES)}")
     if score is not None and not math.isfinite(score):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +23,10 @@ from posttrain.evaluation.estimators import (
     paired_difference,
     pass_at_k,
 )
+from posttrain.rewards.verdict import STATUSES
 
-Status = Literal["correct", "wrong", "unparseable", "error", "timeout"]
-STATUSES: tuple[str, ...] = get_args(Status)
-FAILED = frozenset({"error", "timeout"})
-"""Statuses that say something about the verifier and nothing about the completion."""
+UNJUDGED = frozenset({"error", "timeout", "skipped"})
+"""Statuses that say nothing about the completion: the verifier failed, or does not apply to the row."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ class Problem:
 
     @property
     def valid(self) -> list[Sample]:
-        """Samples whose verifier came to a verdict; errors and timeouts are left out."""
-        return [sample for sample in self.samples if sample.status not in FAILED]
+        """Samples whose verifier judged the completion; errors, timeouts and skipped rows are left out."""
+        return [sample for sample in self.samples if sample.status not in UNJUDGED]
 
     @property
     def n(self) -> int:
@@ -104,7 +103,7 @@ class Evaluation:
             answers, ``score`` when it gives none.
         distinct: ``distinct-1`` to ``distinct-4`` over all completions; None when too short.
         median_length: Median tokens over all completions.
-        verdicts: How many samples ended in each of the five statuses.
+        verdicts: How many samples ended in each status, zeros included.
         problems: One record per problem, in the order of the data set.
         settings: k, samples, temperature and everything else that defines the numbers.
         seconds: Wall time of sampling and verifying; on several ranks, of the slowest.
@@ -189,7 +188,7 @@ class Difference:
 def metric_values(problems: Sequence[Problem], ks: Sequence[int]) -> dict[str, list[float]]:
     """Return the value of every metric for every problem; NaN where a problem cannot be counted.
 
-    Errors and timeouts are not samples: a problem with fewer than k valid samples has no pass@k and no
+    Errors, timeouts and skipped rows are not samples: a problem with fewer than k valid samples has no pass@k and no
     maj@k, one without any has no coverage. Metrics that no problem has at all are absent, except pass@k
     and coverage, whose absence would hide that the verifier never worked.
     """

@@ -4,7 +4,6 @@ import json
 import math
 import socket
 import string
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from posttrain.config.schema import EvaluateConfig
 from posttrain.evaluation.evaluate import evaluate
 from posttrain.evaluation.results import Evaluation, Problem, Sample, compare, summarise
+from posttrain.rewards.verdict import Verdict
 
 SETTINGS = {"k": [1, 2], "confidence": 0.95, "resamples": 200, "seed": 0}
 
@@ -23,7 +23,7 @@ SETTINGS = {"k": [1, 2], "confidence": 0.95, "resamples": 200, "seed": 0}
 def problem(index: int, *verdicts: tuple[str, str | None], prompt: str = "p") -> Problem:
     samples = []
     for i, (status, answer) in enumerate(verdicts):
-        score = None if status in ("error", "timeout") else float(status == "correct")
+        score = None if status in ("error", "timeout", "skipped") else float(status == "correct")
         samples.append(Sample(f"t{i}", status, score, answer, length=2 + i, finished=i > 0))
     return Problem(index, f"{prompt}{index}", "7", samples)
 
@@ -35,14 +35,21 @@ def summary(*problems: Problem) -> Evaluation:
 MIXED = (
     problem(0, ("correct", "7"), ("wrong", "8"), ("correct", "7")),
     problem(1, ("wrong", "8"), ("unparseable", None), ("timeout", None)),
-    problem(2, ("error", None), ("correct", "7"), ("error", None)),
+    problem(2, ("error", None), ("correct", "7"), ("skipped", None)),
 )
 
 
-def test_errors_and_timeouts_are_neither_right_nor_wrong() -> None:
+def test_errors_timeouts_and_skipped_rows_are_neither_right_nor_wrong() -> None:
     result = summary(*MIXED)
     assert [(p.n, p.c) for p in result.problems] == [(3, 2), (2, 0), (1, 1)]
-    assert result.verdicts == {"correct": 3, "wrong": 2, "unparseable": 1, "error": 2, "timeout": 1}
+    assert result.verdicts == {
+        "correct": 3,
+        "wrong": 2,
+        "unparseable": 1,
+        "error": 1,
+        "timeout": 1,
+        "skipped": 1,
+    }
     assert result.metrics["pass@1"].value == pytest.approx((2 / 3 + 0 + 1) / 3)
     # problem 2 has one valid sample: no pass@2, and it is counted
     assert result.metrics["pass@2"].value == pytest.approx((1 + 0) / 2)
@@ -98,13 +105,6 @@ def test_compare_refuses_other_problems_and_other_k() -> None:
     other = summarise(list(MIXED), distinct={}, settings=SETTINGS | {"k": [3]}, seconds=1, tokens=1)
     with pytest.raises(ValueError, match=r"\[1, 2\].*\[3\]"):
         compare(summary(*MIXED), other)
-
-
-@dataclass
-class Verdict:
-    status: str
-    score: float | None = None
-    answer: str | None = None
 
 
 def tiny() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
