@@ -1,1 +1,1 @@
-"""TBD."""
+"""Models and tokenizers: the small one built in code, checkpoints, adapters."""
