@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from posttrain.config.schema import EvaluateConfig
 from posttrain.evaluation.estimators import distinct_n
 from posttrain.evaluation.generate import Completion, encode_prompt, occurrences, prompt_digest, sample
-from posttrain.evaluation.results import Evaluation, Problem, Sample, summarise
+from posttrain.evaluation.results import UNJUDGED, Evaluation, Problem, Sample, summarise
 from posttrain.rewards.verdict import STATUSES, Verdict
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def evaluate(
     """Sample ``config.samples`` completions of every problem, verify them and summarise.
 
     A sample whose verifier ended in an error or a timeout, or did not apply (skipped), is counted as such
-    and is neither right nor wrong: it does not enter n. A problem left with fewer than k valid samples is left out of pass@k and
-    maj@k, and counted in ``left_out``.
+    and is neither right nor wrong: it does not enter n. A problem left with fewer than k valid samples
+    is left out of pass@k and maj@k, and counted in ``left_out``.
 
     Args:
         model: A causal language model, wrapped or not; its state is the same afterwards.
@@ -173,6 +173,7 @@ def _judged(completion: Completion, verdict: Verdict) -> Sample:
         answer=verdict.answer,
         length=len(completion.token_ids),
         finished=completion.finished,
+        message=verdict.message if status in UNJUDGED else None,
     )
 
 

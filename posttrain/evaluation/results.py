@@ -40,6 +40,7 @@ class Sample:
         answer: The answer it read, or None.
         length: Tokens, end token included.
         finished: False when the completion was cut at the limit.
+        message: Why there is no judgement (error, timeout, skipped), else None.
     """
 
     text: str
@@ -48,6 +49,7 @@ class Sample:
     answer: str | None
     length: int
     finished: bool
+    message: str | None = None
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,9 @@ class Difference:
 def metric_values(problems: Sequence[Problem], ks: Sequence[int]) -> dict[str, list[float]]:
     """Return the value of every metric for every problem; NaN where a problem cannot be counted.
 
-    Errors, timeouts and skipped rows are not samples: a problem with fewer than k valid samples has no pass@k and no
-    maj@k, one without any has no coverage. Metrics that no problem has at all are absent, except pass@k
-    and coverage, whose absence would hide that the verifier never worked.
+    Errors, timeouts and skipped rows are not samples: a problem with fewer than k valid samples has no
+    pass@k and no maj@k, one without any has no coverage. Metrics that no problem has at all are absent,
+    except pass@k and coverage, whose absence would hide that the verifier never worked.
     """
     values: dict[str, list[float]] = {}
     nan = float("nan")
