@@ -29,9 +29,9 @@ _CHARACTERS = sorted({"\n", " "} | set(string.digits + string.ascii_letters + st
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer: one token per character, 100 tokens in all.
 
-    Ids 0 to 3 are ``<pad> <bos> <eos> <unk>``, then newline and printable ASCII in code point order. Any other
-    character is ``<unk>``. Nothing is added in front of or behind the text, decoding gives the text back
-    exactly, padding goes to the left (for generation) and there is no chat template. The names of the
+    Ids 0 to 3 are ``<pad> <bos> <eos> <unk>``, then newline and printable ASCII in code point order. Any
+    other character is ``<unk>``. Nothing is added in front of or behind the text, decoding gives the
+    text back exactly, padding goes to the left (for generation) and there is no chat template. The names of the
     special tokens inside a text are read as those tokens, as in every Hugging Face tokenizer.
     """
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *_CHARACTERS))}
@@ -92,10 +92,10 @@ def build_model(
         num_key_value_heads=heads,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=tie_word_embeddings,
-        attn_implementation=attn_implementation,
         dtype=torch.float32,
         **ids,
     )
+    config._attn_implementation = attn_implementation
     # torch.manual_seed would also reseed the accelerators, which fork_rng is told to leave alone here
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
