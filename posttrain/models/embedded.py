@@ -31,8 +31,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
     Ids 0 to 3 are ``<pad> <bos> <eos> <unk>``, then newline and printable ASCII in code point order. Any
     other character is ``<unk>``. Nothing is added in front of or behind the text, decoding gives the
-    text back exactly, padding goes to the left (for generation) and there is no chat template. The names of the
-    special tokens inside a text are read as those tokens, as in every Hugging Face tokenizer.
+    text back exactly, padding goes to the left (for generation) and there is no chat template. The
+    names of the special tokens inside a text are read as those tokens, as in every Hugging Face tokenizer.
     """
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *_CHARACTERS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
