@@ -2,9 +2,8 @@
 
 ``build_rewards`` turns the ``rewards`` section of a configuration into callables for the trainer and the
 evaluation. A verifier is a pure function ``(completion, row, **params) -> Verdict`` in a file of its own
-(:mod:`~posttrain.rewards.reasoning_gym`, :mod:`~posttrain.rewards.math`, :mod:`~posttrain.rewards.expression`,
-:mod:`~posttrain.rewards.format`, :mod:`~posttrain.rewards.function`); :mod:`~posttrain.rewards.pool` runs it.
-Nothing here imports torch.
+(``reasoning_gym``, ``math``, ``expression``, ``format``, ``function``);
+:mod:`~posttrain.rewards.pool` runs it. Nothing here imports torch.
 """
 
 from posttrain.rewards.pool import VerifierPool, VerifierStartError

@@ -45,7 +45,7 @@ def missing(how: Extract) -> str:
 
 
 def canonical(answer: str) -> str:
-    """Return a spelling under which equal answers coincide: one space, plain decimals (``+1,000.0`` is ``1000``).
+    """Return a spelling under which equal answers coincide: single spaces, ``1000`` for ``+1,000.0``.
 
     Answers over 1000 characters are shortened to their beginning and a digest, so that they stay distinct.
     """

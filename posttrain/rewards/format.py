@@ -37,9 +37,9 @@ def verify(
     Args:
         completion: What the model wrote.
         row: Not used.
-        pattern: Regular expression (``re``, with DOTALL); a group named ``answer`` becomes the answer. Without
-            it the form is ``<think>...</think><answer>...</answer>``, each tag exactly once, nothing but
-            white space around the blocks, and an answer that is not empty.
+        pattern: Regular expression (``re``, with DOTALL); a group named ``answer`` becomes the answer.
+            Without it the form is ``<think>...</think><answer>...</answer>``, each tag exactly once, nothing
+            but white space around the blocks, and an answer that is not empty.
         match: Whether the pattern has to match everything or to be found somewhere.
 
     Returns:

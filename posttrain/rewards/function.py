@@ -18,10 +18,10 @@ TRAINER_ARGUMENTS = ("completion_ids", "trainer_state", "log_metric", "log_extra
 def load(path: str, params: dict[str, Any]) -> Callable[[Any, dict[str, Any]], Verdict]:
     """Import ``package.module.function`` and return it as a verifier of one row.
 
-    The function is called as ``function(prompts=[...], completions=[...], **columns, **params)`` with lists of
-    length one, so that the deadline holds per row; without ``**kwargs`` it gets the columns it names. It
-    returns a list with one finite number, or None where it does not apply (``skipped``). A number of 1 or more
-    counts as ``correct``, anything less as ``wrong``; the number itself is the reward.
+    The function is called as ``function(prompts=[...], completions=[...], **columns, **params)`` with lists
+    of length one, so that the deadline holds per row; without ``**kwargs`` it gets the columns it names. It
+    returns a list with one finite number, or None where it does not apply (``skipped``). A number of 1 or
+    more counts as ``correct``, anything less as ``wrong``; the number itself is the reward.
 
     Raises:
         ValueError: No such module or function, or one that cannot be called this way.
@@ -65,7 +65,8 @@ def _accepted(function: Callable[..., Any], path: str) -> tuple[set[str], bool]:
     impossible = [p.name for p in parameters if p.name in TRAINER_ARGUMENTS and p.default is p.empty]
     if impossible:
         raise ValueError(
-            f"'python:{path}' asks for {impossible}, which a verifier process does not have: give them a default"
+            f"'python:{path}' asks for {impossible}, which a verifier process does not have: "
+            "give them a default"
         )
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return names, any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -45,7 +45,7 @@ class VerifierPool:
         start_timeout: Seconds a process may take to import what it needs, and to begin an item it was sent.
 
     Raises:
-        ValueError: The verifier does not exist or does not take these parameters, or a number is out of range.
+        ValueError: No such verifier, parameters it does not take, or a number out of range.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class VerifierPool:
         except (TypeError, ValueError) as error:
             kinds = {name: type(value).__name__ for name, value in kept.items()}
             raise TypeError(
-                f"verifier {self.spec.name!r} gets its rows as JSON, and this one cannot be written: {error}. "
+                f"verifier {self.spec.name!r} gets its rows as JSON; this one cannot be written: {error}. "
                 f"Columns and types: {kinds}. Drop or convert the column."
             ) from error
 
@@ -187,7 +187,8 @@ class VerifierPool:
         how = problem or describe_exit(code)
         if not slot.process.ready:
             raise VerifierStartError(
-                f"verifier {self.spec.name!r} did not start: {slot.failure or how}. What it wrote is on stderr."
+                f"verifier {self.spec.name!r} did not start: {slot.failure or how}. "
+                "What it wrote is on stderr."
             )
         self.restarts += 1
         seconds = time.monotonic() - slot.since
@@ -265,7 +266,9 @@ class _Slot:
             elif word == b"done":
                 identifier, _, fields = rest.partition(b" ")
                 assert int(identifier) == self.started
-                batch.settle(self.inflight.popleft(), Verdict(*json.loads(fields), seconds=now - self.since))
+                status, score, answer, message = json.loads(fields)
+                verdict = Verdict(status, score, answer, message, now - self.since)
+                batch.settle(self.inflight.popleft(), verdict)
                 self.started, self.since = None, now
             elif word == b"ready":
                 self.process.ready, self.since = True, now

@@ -25,7 +25,8 @@ def columns(**_: Any) -> tuple[str, ...]:
 
 
 def optional_columns(**_: Any) -> tuple[str, ...]:
-    """Return the columns that are read when the data has them: the answer, to see that the problem is the same."""
+    """Return the columns that are read when the data has them; the answer shows that the "
+    "problem is the same."""
     return ("answer",)
 
 

@@ -104,8 +104,9 @@ class Reward:
         counts = Counter(self.verdicts[index].status for index in broken)
         lines = [
             f"reward {self.__name__!r}: {len(broken)} of {len(self.verdicts)} completions ended in error "
-            f"({counts['error']}) or timeout ({counts['timeout']}); at most {self.config.max_failures:.0%} may "
-            "(max_failures). The verifier is at fault, not the model. Slowest first:"
+            f"({counts['error']}) or timeout ({counts['timeout']}); "
+            f"at most {self.config.max_failures:.0%} may (max_failures). The verifier is at "
+            "fault, not the model. Slowest first:"
         ]
         slowest = sorted(broken, key=lambda index: -(self.verdicts[index].seconds or 0.0))
         for index in slowest[:NAMED_SAMPLES]:
@@ -175,8 +176,9 @@ def verifier_spec(config: RewardConfig, data: DataConfig) -> tuple[VerifierSpec,
         if not data.source.startswith(GENERATED):
             choices = ", ".join(sorted(set(VERIFIERS) - {"reasoning_gym"}))
             raise ValueError(
-                f"reward {name!r} is the source's own verifier, and {data.source!r} has none (only "
-                f"reasoning_gym:TASK does). Choose one of {choices} or {FUNCTION_PREFIX}package.module.function"
+                f"reward {name!r} is the source's own verifier, and {data.source!r} has none "
+                f"(only reasoning_gym:TASK does). Choose one of {choices} or "
+                f"{FUNCTION_PREFIX}package.module.function"
             )
         name = "reasoning_gym"
         for taken in ("task", "task_params"):
@@ -212,10 +214,13 @@ def completion_text(completion: Any) -> str:
 def _check_columns(spec: VerifierSpec, data: LoadedData) -> None:
     needed = spec.columns() or ()
     for split, dataset in (("train", data.train), ("eval", data.eval)):
-        absent = [name for name in needed if dataset is not None and name not in dataset.column_names]
+        if dataset is None:
+            continue
+        absent = [name for name in needed if name not in dataset.column_names]
         if absent:
             raise ValueError(
-                f"reward {spec.name!r} reads column {', '.join(map(repr, absent))}, which the {split} data does not "
-                f"have (found: {', '.join(dataset.column_names)}). Rename with data.columns, for example "
-                f"columns: {{{absent[0]}: {dataset.column_names[-1]}}}, or name another column in the reward's params"
+                f"reward {spec.name!r} reads column {', '.join(map(repr, absent))}, which the {split} data "
+                f"does not have (found: {', '.join(dataset.column_names)}). Rename with data.columns, for "
+                f"example columns: {{{absent[0]}: {dataset.column_names[-1]}}}, or name another "
+                "column in the params of the reward"
             )

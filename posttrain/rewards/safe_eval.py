@@ -33,7 +33,10 @@ EXPRESSION_MODULES = (
 """Modules whose scorers call ``parse_expr``, under that name or through sympy."""
 
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc asin acos atan sinh cosh tanh asinh acosh atanh exp log ln sqrt Abs pi".split()
+    (
+        *("sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh"),
+        *("asinh", "acosh", "atanh", "exp", "log", "ln", "sqrt", "Abs", "pi"),
+    )
 )
 
 _TOKEN = re.compile(
@@ -63,7 +66,7 @@ def check_expression(text: str, symbols: frozenset[str] = frozenset()) -> None:
 
 
 def tame_reasoning_gym() -> None:
-    """Replace ``eval`` and ``parse_expr`` where reasoning-gym's scorers use them. For verifier processes only."""
+    """Replace ``eval`` and ``parse_expr`` where reasoning-gym's scorers use them; for verifier processes."""
     import sympy
     from sympy.parsing.sympy_parser import parse_expr
 

@@ -27,7 +27,7 @@ class Verdict:
     Attributes:
         status: See :data:`Status`.
         score: 0 to 1 for the verifiers of this package, any finite number from a user function; 0 for
-            ``unparseable``; None for ``error``, ``timeout`` and ``skipped``, which say nothing about the answer.
+            ``unparseable``; None for ``error``, ``timeout`` and ``skipped``, which do not judge the answer.
         answer: The extracted answer in a canonical spelling, for majority votes and distinct answers; None
             when there is none.
         message: Why, for everything but ``correct``; at most 1000 characters.

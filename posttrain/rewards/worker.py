@@ -25,7 +25,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from posttrain.rewards.registry import VerifierSpec, resolve
 from posttrain.rewards.verdict import MESSAGE_LIMIT, Verdict
