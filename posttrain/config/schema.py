@@ -11,61 +11,86 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-Task = Literal["sft", "rlvr"]
+from posttrain.config.sentences import RULE
+from posttrain.config.tasks import Task
+
+# Sections that may be left empty in YAML ("trainer:" with nothing under it).
+_EMPTY_MEANS_DEFAULT = ("model", "rewards", "methods", "trainer")
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values are not mutated after checking."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _refuse(field: str, message: str) -> PydanticCustomError:
+    """Return the error of a rule between fields; ``field`` is the one to change."""
+    # braces in the message would be read as a template
+    return PydanticCustomError(RULE, "{message}", {"message": message, "field": field})
 
 
 class AdapterConfig(Section):
     """A PEFT adapter to train instead of all weights."""
 
     type: Literal["lora"] = "lora"
-    r: int = Field(16, ge=1, description="Rank of the update.")
-    alpha: float | None = Field(None, gt=0, description="Numerator of the scale alpha/r; twice r when unset.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter input.")
-    target_modules: str | list[str] = Field(
-        "all-linear", description="'all-linear', a regular expression, or a list of module name endings."
+    r: int = Field(default=16, ge=1, description="Rank of the update.")
+    alpha: float | None = Field(
+        default=None, gt=0, description="Numerator of the scale alpha/r; 2 r when unset."
     )
-    rslora: bool = Field(False, description="Scale by alpha/sqrt(r) instead of alpha/r.")
-    dora: bool = Field(False, description="Decompose into magnitude and direction (DoRA).")
-    modules_to_save: list[str] | None = Field(None, description="Modules trained in full beside the adapter.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter input.")
+    target_modules: str | list[str] = Field(
+        default="all-linear",
+        description="'all-linear', a regular expression, or module name endings.",
+    )
+    rslora: bool = Field(default=False, description="Scale by alpha/sqrt(r) instead of alpha/r.")
+    dora: bool = Field(default=False, description="Decompose into magnitude and direction (DoRA).")
+    modules_to_save: list[str] | None = Field(default=None, description="Modules trained in full beside it.")
 
 
 class ModelConfig(Section):
     """Which checkpoint to start from."""
 
     path: str = Field(
-        "embedded:char-llama",
+        default="embedded:char-llama",
         min_length=1,
         description="Hub id, local folder, or 'embedded:char-llama' for the small model built in code.",
     )
-    revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
-    tokenizer: str | None = Field(None, description="Hub id or folder of the tokenizer when it is not beside the model.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Type of the loaded weights.")
-    attn_implementation: str | None = Field(None, description="Attention kernel, as in transformers.")
-    trust_remote_code: bool = Field(False, description="Run Python shipped with the checkpoint. Off unless you trust it.")
-    adapter: AdapterConfig | None = Field(None, description="Train an adapter; all weights are trained when unset.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
+    tokenizer: str | None = Field(
+        default=None, description="Hub id or folder of the tokenizer when it is not beside the model."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of the loaded weights."
+    )
+    attn_implementation: str | None = Field(default=None, description="Attention kernel, as in transformers.")
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python shipped with the checkpoint. Off unless you trust it."
+    )
+    adapter: AdapterConfig | None = Field(
+        default=None, description="Train an adapter; all weights are trained when unset."
+    )
 
 
 class SplitConfig(Section):
     """How much of a source to use, and which part."""
 
-    split: str | None = Field(None, description="Name of the Hub split; 'train' or 'test' when unset.")
-    file: str | None = Field(None, description="Another local file for this split.")
-    size: int | None = Field(None, ge=1, description="Number of rows; all rows when unset (2000 for generated tasks).")
-    seed: int = Field(0, ge=0, description="Seed of the generated task, or of the row sample.")
+    split: str | None = Field(default=None, description="Hub split; 'train' or 'test' when unset.")
+    file: str | None = Field(default=None, description="Another local file for this split.")
+    size: int | None = Field(
+        default=None, ge=1, description="Number of rows; all rows when unset (2000 for generated tasks)."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the generated task, or of the row sample.")
 
 
 class DataConfig(Section):
     """Where prompts (and answers) come from."""
 
     source: str = Field(
-        ..., min_length=1, description="'reasoning_gym:TASK', a local .jsonl/.json/.csv/.parquet file, or a Hub id."
+        min_length=1,
+        description="'reasoning_gym:TASK', a local .jsonl/.json/.csv/.parquet file, or a Hub id.",
     )
     params: dict[str, Any] = Field(default_factory=dict, description="Parameters of a reasoning-gym task.")
     columns: dict[str, str] = Field(
@@ -73,16 +98,23 @@ class DataConfig(Section):
     )
     train: SplitConfig = SplitConfig()
     eval: SplitConfig = SplitConfig(seed=1_000_003)
-    system_prompt: str | None = Field(None, description="System message put before every prompt (chat models).")
+    system_prompt: str | None = Field(
+        default=None, description="System message put before every prompt (chat models)."
+    )
     prompt_template: str | None = Field(
-        None, description="Text with {column} fields that builds the prompt, for example '{question}\\nAnswer:'."
+        default=None,
+        description="Text with {column} fields that builds the prompt, for example '{question}\\nAnswer:'.",
     )
     chat_template: Literal["auto", "always", "never"] = Field(
-        "auto", description="auto: use the tokenizer's chat template when it has one, plain text when not."
+        default="auto",
+        description="auto: the tokenizer's chat template when it has one, plain text when not.",
     )
-    max_prompt_tokens: int | None = Field(None, ge=1, description="Longest prompt allowed, counted in tokens.")
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="Longest prompt allowed, counted in tokens."
+    )
     over_length: Literal["refuse", "filter"] = Field(
-        "refuse", description="What to do with longer prompts: stop, or drop them and say how many. Never cut."
+        default="refuse",
+        description="What to do with longer prompts: stop, or drop them and say how many. Never cut.",
     )
 
 
@@ -90,18 +122,25 @@ class RewardConfig(Section):
     """One reward; in YAML a bare name (``verifier``) or ``{name: {...}}``."""
 
     name: str = Field(
-        ...,
         min_length=1,
-        description="'verifier' (the source's own), 'math', 'expression', 'format', or 'python:package.module.function'.",
+        description="'verifier' (the source's own), 'math', 'expression', 'format', or "
+        "'python:package.module.function'.",
     )
-    weight: float = Field(1.0, allow_inf_nan=False, description="Weight in the sum of rewards.")
-    deadline: float = Field(10.0, gt=0, le=3600, description="Seconds one answer may take before its process is killed.")
-    workers: int = Field(1, ge=1, le=64, description="Verifier processes per rank.")
+    weight: float = Field(default=1.0, allow_inf_nan=False, description="Weight in the sum of rewards.")
+    deadline: float = Field(
+        default=10.0, gt=0, le=3600, description="Seconds one answer may take before its process is killed."
+    )
+    workers: int = Field(default=1, ge=1, le=64, description="Verifier processes per rank.")
     unparseable: float | None = Field(
-        0.0, allow_inf_nan=False, description="Reward of an answer that cannot be parsed; null leaves the row out."
+        default=0.0,
+        allow_inf_nan=False,
+        description="Reward of an answer that cannot be parsed; null leaves the row out.",
     )
     max_failures: float = Field(
-        0.2, ge=0, le=1, description="Stop when more than this share of a batch ends in error or timeout."
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Stop when more than this share of a batch ends in error or timeout.",
     )
     params: dict[str, Any] = Field(default_factory=dict, description="Parameters of this verifier.")
 
@@ -109,91 +148,136 @@ class RewardConfig(Section):
 class EvaluateConfig(Section):
     """Held-out evaluation, before and after training."""
 
-    k: list[Annotated[int, Field(ge=1)]] = Field([1, 4, 16], min_length=1, description="k of pass@k and maj@k.")
-    samples: int = Field(16, ge=1, description="Completions per problem; at least the largest k.")
-    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int | None = Field(None, ge=1, description="Longest completion; the trainer's limit when unset.")
-    batch_size: int = Field(256, ge=1, description="Sequences generated together.")
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of the bootstrap intervals.")
-    resamples: int = Field(2000, ge=100, description="Bootstrap resamples.")
-    seed: int = Field(0, ge=0)
-    before: bool = Field(True, description="Also evaluate the starting model, on the same problems.")
+    k: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[1, 4, 16], min_length=1, description="k of pass@k and maj@k."
+    )
+    samples: int = Field(default=16, ge=1, description="Completions per problem; at least the largest k.")
+    temperature: float = Field(default=1.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="Longest completion; the trainer's limit when unset."
+    )
+    batch_size: int = Field(default=256, ge=1, description="Sequences generated together.")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Level of the bootstrap intervals.")
+    resamples: int = Field(default=2000, ge=100, description="Bootstrap resamples.")
+    seed: int = Field(default=0, ge=0)
+    before: bool = Field(default=True, description="Also evaluate the starting model, on the same problems.")
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvaluateConfig:
         if max(self.k) > self.samples:
-            raise ValueError(f"pass@{max(self.k)} needs at least {max(self.k)} samples, found samples={self.samples}")
+            raise _refuse(
+                "samples",
+                f"pass@{max(self.k)} needs at least {max(self.k)} samples, found samples={self.samples}",
+            )
         return self
 
 
 class ExportConfig(Section):
     """What to write at the end, and where to publish it."""
 
-    dir: str | None = Field(None, description="Folder of the export; RUN/export when unset.")
+    dir: str | None = Field(default=None, description="Folder of the export; RUN/export when unset.")
     format: Literal["auto", "adapter", "merged", "full"] = Field(
-        "auto", description="auto: the adapter when one was trained, the full model otherwise."
+        default="auto", description="auto: the adapter when one was trained, the full model otherwise."
     )
-    push: str | None = Field(None, description="Hub repository (user/name) to upload to.")
-    private: bool = Field(True, description="Whether a repository created by the push is private.")
+    push: str | None = Field(default=None, description="Hub repository (user/name) to upload to.")
+    private: bool = Field(default=True, description="Whether a repository created by the push is private.")
 
 
 class WarmStartConfig(Section):
     """Supervised fine-tuning on the source's own answers before reinforcement learning."""
 
     when: Literal["untrained", "always"] = Field(
-        "untrained", description="untrained: only when model.path is an embedded model, whose weights are random."
+        default="untrained",
+        description="untrained: only when model.path is an embedded model, whose weights are random.",
     )
-    size: int = Field(20_000, ge=1, description="Rows of the source to train on; drawn with train.seed + 1.")
+    size: int = Field(
+        default=20_000, ge=1, description="Rows of the source to train on; drawn with train.seed + 1."
+    )
     trainer: dict[str, Any] = Field(default_factory=dict, description="Fields of TRL's SFTConfig.")
 
 
 class RunConfig(Section):
     """A whole run."""
 
-    task: Task = Field(..., description="Which kind of training.")
-    run_dir: str = Field("runs/default", min_length=1, description="Folder that holds everything the run writes.")
+    task: Task = Field(description="Which kind of training.")
+    run_dir: str = Field(
+        default="runs/default", min_length=1, description="Folder that holds everything the run writes."
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig
     rewards: list[RewardConfig] = Field(default_factory=list, description="Rewards of an rlvr run.")
-    methods: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Methods by name, with parameters.")
-    trainer: dict[str, Any] = Field(default_factory=dict, description="Fields of the TRL config class of the task.")
+    methods: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Methods by name, with parameters."
+    )
+    trainer: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of the TRL config class of the task."
+    )
     warm_start: WarmStartConfig | None = None
     evaluate: EvaluateConfig | None = None
     export: ExportConfig | None = None
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; torch's own choice when unset.")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of torch; torch's own choice when unset."
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _shorthands(cls, data: Any) -> Any:
         """Accept ``rewards: [verifier, {math: {weight: 2}}]`` and ``methods: {ace: }``."""
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        rewards = data.get("rewards")
-        if isinstance(rewards, list):
-            data["rewards"] = [_reward_mapping(item) for item in rewards]
-        methods = data.get("methods")
-        if isinstance(methods, list) and all(isinstance(name, str) for name in methods):
-            data["methods"] = {name: {} for name in methods}
-        elif isinstance(methods, dict):
-            data["methods"] = {name: {} if params is None else params for name, params in methods.items()}
-        return data
+        return expand_shorthands(data)
 
     @model_validator(mode="after")
     def _task_needs(self) -> RunConfig:
         if self.task == "rlvr" and not self.rewards:
-            raise ValueError("task 'rlvr' needs at least one entry under 'rewards', for example rewards: [verifier]")
+            raise _refuse(
+                "rewards",
+                "task 'rlvr' needs at least one entry under 'rewards', for example rewards: [verifier]",
+            )
         if self.task == "sft" and self.rewards and self.evaluate is None:
-            raise ValueError("'rewards' in an sft run only serve the evaluation: add an 'evaluate' section or drop them")
+            raise _refuse(
+                "rewards",
+                "'rewards' in an sft run only serve the evaluation: add an 'evaluate' section or drop them",
+            )
         return self
 
 
-def _reward_mapping(item: Any) -> Any:
+def expand_shorthands(data: Any) -> Any:
+    """Return a configuration in its long form; what cannot be understood is left as it is.
+
+    ``rewards: [verifier, {math: {weight: 2}}]`` names rewards, ``methods: [ace]`` and ``methods: {ace: }``
+    take methods with their defaults, and an empty section is its defaults.
+    """
+    if not isinstance(data, dict):
+        return data
+    data = {key: value for key, value in data.items() if value is not None or key not in _EMPTY_MEANS_DEFAULT}
+    rewards = data.get("rewards")
+    if isinstance(rewards, (str, dict)):
+        rewards = [rewards]
+    if isinstance(rewards, list):
+        data["rewards"] = [_reward_mapping(item) for item in rewards]
+    methods = data.get("methods")
+    if isinstance(methods, list):
+        pairs = [_named(item) for item in methods]
+        named = dict(pair for pair in pairs if pair is not None)
+        methods = named if len(named) == len(pairs) else methods
+    if isinstance(methods, dict):
+        data["methods"] = {name: {} if params is None else params for name, params in methods.items()}
+    return data
+
+
+def _named(item: Any) -> tuple[str, Any] | None:
+    """Return (name, options) of ``name`` or ``{name: options}``, None for anything else."""
     if isinstance(item, str):
-        return {"name": item}
-    if isinstance(item, dict) and len(item) == 1 and "name" not in item:
+        return item, None
+    if isinstance(item, dict) and len(item) == 1:
         ((name, options),) = item.items()
-        if options is None or isinstance(options, dict):
-            return {"name": name, **(options or {})}
-    return item
+        return name, options
+    return None
+
+
+def _reward_mapping(item: Any) -> Any:
+    pair = _named(item)
+    if pair is None or pair[0] in RewardConfig.model_fields:
+        return item
+    name, options = pair
+    return {"name": name, **(options or {})} if options is None or isinstance(options, dict) else item

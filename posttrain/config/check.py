@@ -1,0 +1,220 @@
+"""A configuration checked as a whole: every mistake at once, with its line.
+
+:func:`check_config` gives the report, :func:`load_run_config` the configuration or an error with all
+problems. No model, data or heavy library is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from posttrain.config.load import Document, holds, load_document
+from posttrain.config.method_check import check_methods, json_text
+from posttrain.config.problems import ConfigError, KeyPath, Problem, Report, nearest
+from posttrain.config.schema import RunConfig, expand_shorthands
+from posttrain.config.sentences import problems_of
+from posttrain.config.source_check import HUB_ID, check_data, check_model, check_reward
+from posttrain.config.tasks import TASKS, Task
+from posttrain.config.trainer_check import check_trainer
+from posttrain.config.trainer_fields import trainer_fields
+
+_ROUNDS = 100
+
+
+def check_config(path: str | Path, overrides: Sequence[str] = ()) -> Report:
+    """Return every problem of a configuration file with its overrides; raises nothing for bad input."""
+    return check_and_load(path, overrides)[0]
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return a checked configuration, with the parameters of its methods filled in.
+
+    Raises:
+        ConfigError: It cannot run; the message lists all problems.
+    """
+    report, config = check_and_load(path, overrides)
+    if config is None:
+        raise ConfigError(report)
+    return config
+
+
+def check_and_load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Report, RunConfig | None]:
+    """Return the report, and the configuration when the report holds no error."""
+    document = load_document(path, overrides)
+    if not document.root.value and document.problems:
+        return Report(document.source, tuple(document.problems)), None
+    config, problems, broken = _validate(document)
+    later, methods = _check_sections(config)
+    # a section that was replaced to go on is not blamed for what replaced it
+    problems += [p for p in later if not any(p.path[: len(place)] == place for place in broken)]
+    located = [_locate(problem, document) for problem in problems]
+    report = Report(document.source, tuple(sorted([*document.problems, *located], key=_line)))
+    return report, config.model_copy(update={"methods": methods}) if report.ok else None
+
+
+def _validate(document: Document) -> tuple[RunConfig, list[Problem], set[KeyPath]]:
+    """Validate against the schema, replacing what is wrong until the rest can be looked at.
+
+    Returns:
+        A valid configuration, the problems, and the places that were replaced.
+    """
+    raw = document.data
+    data = expand_shorthands(raw)
+    problems = list(_twice(raw.get("methods")))
+    broken: set[KeyPath] = set()
+    for _ in range(_ROUNDS):
+        try:
+            return RunConfig.model_validate_json(json_text(data), strict=True), problems, broken
+        except ValidationError as error:
+            found = problems_of(error, RunConfig, data)
+        for problem in found:
+            if problem.path not in broken:
+                problems.append(_elsewhere(problem, data))
+            _replace(problem.path, data, again=problem.path in broken)
+            broken.add(problem.path)
+    raise AssertionError(f"the configuration stays invalid after {_ROUNDS} rounds: {json.dumps(data)[:500]}")
+
+
+def _replace(path: KeyPath, data: dict[str, Any], *, again: bool) -> None:
+    """Take a wrong value out, in place; what cannot be missing gets a stand-in."""
+    if not path:
+        data.clear()
+    elif path == ("task",):
+        near = nearest(data.get("task"), get_args(Task))
+        reinforced = "rewards" in data or "methods" in data
+        data["task"] = near or ("rlvr" if reinforced else "sft")
+    elif path == ("data",):
+        data["data"] = {"source": "reasoning_gym:chain_sum"}
+    elif path == ("data", "source"):
+        data["data"]["source"] = "reasoning_gym:chain_sum"
+    elif path == ("rewards",):
+        data["rewards"] = (
+            [{"name": "verifier"}] if data.get("task") == "rlvr" and not data.get("rewards") else []
+        )
+    elif path[0] == "rewards" and path[2:] in {(), ("name",)}:
+        rewards: Any = data["rewards"]
+        rewards[path[1]] = {"name": "verifier"}
+    else:
+        _delete(path[:-1] if again and len(path) > 1 else path, data)
+
+
+def _delete(path: KeyPath, data: dict[str, Any]) -> None:
+    *parents, last = path
+    container: Any = data
+    for step in parents:
+        if not holds(container, step):
+            return  # an earlier problem took the parent out
+        container = container[step]
+    if isinstance(container, dict):
+        container.pop(last, None)
+    elif holds(container, last):
+        container[last] = None  # the next round takes the list out
+
+
+def _elsewhere(problem: Problem, data: dict[str, Any]) -> Problem:
+    """Point an unknown top-level key at the section it belongs to."""
+    if len(problem.path) != 1 or not problem.message.startswith("unknown key"):
+        return problem
+    (key,) = problem.path
+    spec = next((spec for task, spec in TASKS.items() if task == data.get("task")), TASKS["rlvr"])
+    if key in trainer_fields(spec):
+        return dataclasses.replace(problem, needed=None, suggestion=f"move it under 'trainer': trainer.{key}")
+    for section in ("model", "data", "evaluate", "export"):
+        model = RunConfig.model_fields[section].annotation
+        fields = getattr(model, "model_fields", None) or getattr(
+            get_args(model)[0] if get_args(model) else None, "model_fields", {}
+        )
+        if key in fields:
+            return dataclasses.replace(
+                problem, needed=None, suggestion=f"move it under {section!r}: {section}.{key}"
+            )
+    return problem
+
+
+def _twice(methods: Any) -> Iterator[Problem]:
+    names = [name for name in methods if isinstance(name, str)] if isinstance(methods, list) else []
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        yield Problem(f"the method {name!r} is listed twice", ("methods", name), suggestion="keep one")
+
+
+def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, dict[str, Any]]]:
+    spec = TASKS[config.task]
+    adapter = config.model.adapter is not None
+    problems, trainer = check_trainer(config.trainer, spec, ("trainer",), adapter=adapter)
+    more, methods = check_methods(config.methods, config.task, spec, trainer, config.trainer, adapter=adapter)
+    problems += more
+    problems += check_model(config.model)
+    problems += check_data(config.data)
+    for index, reward in enumerate(config.rewards):
+        problems += check_reward(reward, config.data, index)
+    if config.warm_start is not None:
+        if spec.warm_start:
+            problems += check_trainer(
+                config.warm_start.trainer, TASKS["sft"], ("warm_start", "trainer"), adapter=adapter
+            )[0]
+        else:
+            fix = "drop the section; the run itself is supervised"
+            problems.append(
+                Problem(f"task {config.task!r} takes no warm start", ("warm_start",), suggestion=fix)
+            )
+    problems += _run_rules(config)
+    return problems, methods
+
+
+def _run_rules(config: RunConfig) -> Iterator[Problem]:
+    """Yield what does not go together between sections."""
+    export, evaluate = config.export, config.evaluate
+    if export is not None and export.format in {"adapter", "merged"} and config.model.adapter is None:
+        yield Problem(
+            f"export.format {export.format!r} needs an adapter, but all weights are trained",
+            ("export", "format"),
+            found=export.format,
+            suggestion="set model.adapter, or format: full",
+        )
+    if (
+        export is not None
+        and export.push is not None
+        and not (HUB_ID.fullmatch(export.push) and "/" in export.push)
+    ):
+        yield Problem("this is no Hub repository", ("export", "push"), found=export.push, needed="user/name")
+    if evaluate is not None and not config.rewards:
+        yield Problem(
+            "the evaluation has nothing to score with: 'rewards' is empty",
+            ("evaluate",),
+            suggestion="add rewards: [verifier]",
+        )
+    if evaluate is not None and evaluate.temperature == 0 and evaluate.samples > 1:
+        yield Problem(
+            f"temperature 0 draws the same completion {evaluate.samples} times",
+            ("evaluate", "temperature"),
+            "warning",
+            found=0,
+            suggestion="set a temperature above 0, or k: [1] and samples: 1",
+        )
+    run_dir = Path(config.run_dir).expanduser()
+    if run_dir.is_file():
+        yield Problem(
+            "run_dir is a file",
+            ("run_dir",),
+            found=config.run_dir,
+            needed="a folder, new or of a run to resume",
+        )
+
+
+def _locate(problem: Problem, document: Document) -> Problem:
+    node, depth = document.find(problem.path)
+    return dataclasses.replace(problem, where=node.where if depth else document.source)
+
+
+def _line(problem: Problem) -> tuple[int, str, int]:
+    """Sort files by name and line, overrides last."""
+    file, _, line = (problem.where or "").rpartition(":")
+    if (problem.where or "").startswith("override "):
+        return 2, problem.where or "", 0
+    return (1, file, int(line)) if line.isdecimal() else (0, problem.where or "", 0)

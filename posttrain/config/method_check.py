@@ -1,0 +1,105 @@
+"""The ``methods:`` section: names, parameters, and what does not go with the rest of the run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from posttrain.config.problems import KeyPath, Problem, nearest
+from posttrain.config.sentences import problems_of
+from posttrain.config.tasks import Task, TaskSpec
+
+
+def check_methods(
+    methods: Mapping[str, Mapping[str, Any]],
+    task: Task,
+    spec: TaskSpec,
+    trainer: Mapping[str, Any],
+    written: Mapping[str, Any],
+    *,
+    adapter: bool,
+) -> tuple[list[Problem], dict[str, dict[str, Any]]]:
+    """Check every method with its parameters, then each against the whole setup.
+
+    Args:
+        methods: Parameters by method name, as written.
+        task: The task of the run.
+        spec: Its row in the task table.
+        trainer: Every field of the TRL configuration with its value.
+        written: The ``trainer:`` section as written, to point at the right line.
+        adapter: Whether a PEFT adapter is trained.
+
+    Returns:
+        The problems, and the parameters of the valid methods with defaults filled in.
+    """
+    if not methods:
+        return [], {}
+    if spec.methods is None:
+        names = ", ".join(methods)
+        fix = "drop the section, or set task: rlvr"
+        return [Problem(f"task {task!r} has no methods, found {names}", ("methods",), suggestion=fix)], {}
+    registry = importlib.import_module(spec.methods)
+    problems: list[Problem] = []
+    built: dict[str, Any] = {}
+    for name, params in methods.items():
+        path: KeyPath = ("methods", name)
+        try:
+            cls = registry.resolve(name)
+        except Exception as error:  # the module of a user's own method may raise anything
+            problems.append(_unknown(name, path, error, registry))
+            continue
+        try:
+            # dumped and read as JSON by the strict rules: "0.5" is no number, a list may fill a tuple
+            built[name] = cls.model_validate_json(json_text(params), strict=True)
+        except ValidationError as error:
+            problems += problems_of(error, cls, params, path)
+    problems += _conflicts(built, task, trainer, written, adapter)
+    return problems, {name: method.model_dump(mode="json") for name, method in built.items()}
+
+
+def json_text(value: Any) -> str:
+    """Return plain data as JSON for pydantic's strict reader, ``.nan`` and ``.inf`` included."""
+    import json
+
+    return json.dumps(value)
+
+
+def _unknown(name: str, path: KeyPath, error: Exception, registry: Any) -> Problem:
+    if ":" in name:
+        reason = str(error.args[0]) if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        return Problem(
+            f"the method {name!r} cannot be loaded: {reason}", path, needed="package.module:ClassName"
+        )
+    known = registry.available()
+    near = nearest(name, known)
+    return Problem(
+        f"unknown method {name!r}",
+        path,
+        needed=f"one of {', '.join(known)}, or package.module:ClassName",
+        suggestion=f"did you mean {near!r}?" if near else "see 'posttrain methods'",
+    )
+
+
+def _conflicts(
+    built: Mapping[str, BaseModel],
+    task: Task,
+    trainer: Mapping[str, Any],
+    written: Mapping[str, Any],
+    adapter: bool,
+) -> Iterator[Problem]:
+    from posttrain.rl.method import Method, Setup
+
+    setup = Setup(trainer=trainer, methods=tuple(built), adapter=adapter, task=task)
+    for name, method in built.items():
+        if not isinstance(method, Method):
+            continue
+        for conflict in method.conflicts(setup):
+            path: KeyPath = ("methods", name)
+            if conflict.field is not None and conflict.field in written:
+                path = ("trainer", conflict.field)
+            elif conflict.field is not None and conflict.field in type(method).model_fields:
+                path = ("methods", name, conflict.field)
+            yield Problem(conflict.message, path, "error" if conflict.fatal else "warning")

@@ -1,0 +1,98 @@
+"""What ``posttrain methods`` shows: the list, and the page of one method with its parameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from posttrain.config.describe import field_range, field_type
+from posttrain.config.problems import show
+from posttrain.rl.method import Method
+
+
+def page(cls: type[Method]) -> str:
+    """Return the documentation page of a method: the docstring of its module."""
+    module = inspect.getmodule(cls)
+    return inspect.cleandoc((module.__doc__ if module else None) or cls.__doc__ or "")
+
+
+def parameters(cls: type[Method]) -> list[dict[str, Any]]:
+    """Return name, type, default, range and description of every parameter; ``required`` has no default."""
+    return [
+        {
+            "name": name,
+            "type": field_type(info),
+            "default": None if info.is_required() else info.get_default(call_default_factory=True),
+            "required": info.is_required(),
+            "range": field_range(info),
+            "description": info.description or "",
+        }
+        for name, info in cls.model_fields.items()
+    ]
+
+
+def as_json(cls: type[Method]) -> dict[str, Any]:
+    """Return a method for machines, with the JSON schema of its parameters."""
+    return {
+        "name": cls.name,
+        "title": cls.title,
+        "paper": cls.paper,
+        "class": f"{cls.__module__}:{cls.__name__}",
+        "page": page(cls),
+        "parameters": parameters(cls),
+        "schema": cls.model_json_schema(),
+    }
+
+
+def print_list(classes: Iterable[type[Method]], console: Console) -> None:
+    """Print one row per method."""
+    table = _table("name", "title", "paper", "parameters")
+    for cls in classes:
+        shown = [_with_default(name, info) for name, info in cls.model_fields.items()]
+        table.add_row(
+            Text(cls.name),
+            Text(cls.title),
+            Text(f"arXiv {cls.paper}" if cls.paper else ""),
+            Text(", ".join(shown)),
+        )
+    console.print(table)
+    console.print(
+        "'posttrain methods NAME' explains one; 'methods: {NAME: {parameter: value}}' in a config uses it."
+    )
+
+
+def print_page(cls: type[Method], console: Console) -> None:
+    """Print the page of a method and the table of its parameters."""
+    console.print(Text(page(cls)), soft_wrap=True)
+    console.print()
+    console.print(Text(f"Parameters (methods: {{{cls.name}: {{...}}}})"))
+    table = _table("name", "type", "default", "range", "description")
+    for row in parameters(cls):
+        default = "required" if row["required"] else show(row["default"]).strip("\"'")
+        table.add_row(
+            *(
+                Text(str(text))
+                for text in (row["name"], row["type"], default, row["range"], row["description"])
+            )
+        )
+    console.print(table)
+
+
+def _with_default(name: str, info: FieldInfo) -> str:
+    if info.is_required():
+        return name
+    return f"{name}={show(info.get_default(call_default_factory=True))}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    return table

@@ -1,0 +1,258 @@
+"""What a configuration points at: model, data, rewards. Nothing is downloaded or loaded."""
+
+from __future__ import annotations
+
+import ast
+import re
+import string
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from posttrain.config.generated_tasks import check_task, task_sources
+from posttrain.config.problems import KeyPath, Problem, near_file, nearest
+from posttrain.config.schema import DataConfig, ModelConfig, RewardConfig, SplitConfig
+
+GENERATED = "reasoning_gym:"
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+EMBEDDED_MODELS = ("embedded:char-llama",)
+FUNCTION = "python:"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_PARAMS = ("name", "revision", "data_dir", "data_files")
+
+
+def check_model(model: ModelConfig) -> Iterator[Problem]:
+    """Yield what is wrong with ``model.path`` and ``model.tokenizer``."""
+    for key, name in (("path", model.path), ("tokenizer", model.tokenizer)):
+        if name is None:
+            continue
+        path: KeyPath = ("model", key)
+        folder = Path(name).expanduser()
+        if name.startswith("embedded:"):
+            if name not in EMBEDDED_MODELS or key == "tokenizer":
+                near = f"did you mean {EMBEDDED_MODELS[0]!r}?" if key == "path" else "leave it out"
+                yield Problem("there is no such embedded model", path, found=name, suggestion=near)
+        elif _looks_local(name) or folder.exists():
+            wanted = ("config.json",) if key == "path" else ("tokenizer.json", "tokenizer_config.json")
+            wanted = (*wanted, "adapter_config.json")
+            if not folder.is_dir():
+                what = "is a file" if folder.is_file() else "does not exist"
+                yield Problem(
+                    f"the folder {name} {what}", path, needed="a folder, or a Hub id such as user/name"
+                )
+            elif not any((folder / file).is_file() for file in wanted):
+                yield Problem(
+                    f"the folder {name} holds none of {', '.join(wanted)}", path, needed="a checkpoint folder"
+                )
+        elif not HUB_ID.fullmatch(name):
+            yield Problem(
+                "this is neither a folder nor a Hub id",
+                path,
+                found=name,
+                needed="user/name, a folder, or " + EMBEDDED_MODELS[0],
+            )
+
+
+def check_data(data: DataConfig) -> Iterator[Problem]:
+    """Yield what is wrong with the ``data`` section."""
+    source = data.source
+    generated = source.startswith(GENERATED)
+    if generated:
+        yield from check_task(source.removeprefix(GENERATED), data.params)
+    elif _is_file(source):
+        yield from _file_problems(source, ("data", "source"))
+    elif source in task_sources():
+        fix = f"write {GENERATED}{source}"
+        yield Problem(
+            "this is the name of a generated task, not of a Hub data set",
+            ("data", "source"),
+            found=source,
+            suggestion=fix,
+        )
+    elif not HUB_ID.fullmatch(source) and not Path(source).expanduser().is_dir():
+        prefix = source.partition(":")[0] + ":"
+        near = nearest(prefix, [GENERATED]) if ":" in source else None
+        yield Problem(
+            "this is no data source",
+            ("data", "source"),
+            found=source,
+            needed=f"{GENERATED}TASK, a file ({', '.join(FILE_SUFFIXES)}), or a Hub id such as user/name",
+            suggestion=f"write {GENERATED}{source.partition(':')[2]}" if near else None,
+        )
+    if not generated:
+        yield from _param_problems(data)
+    for name, split in (("train", data.train), ("eval", data.eval)):
+        yield from _split_problems(name, split, generated, _is_file(source))
+    if data.prompt_template is not None:
+        yield from _template_problems(data.prompt_template)
+
+
+def _param_problems(data: DataConfig) -> Iterator[Problem]:
+    if data.params and _is_file(data.source):
+        fix = "drop them"
+        yield Problem("a file takes no params", ("data", "params"), found=data.params, suggestion=fix)
+        return
+    for name in data.params:
+        if name not in HUB_PARAMS:
+            near = nearest(name, HUB_PARAMS)
+            yield Problem(
+                f"Hub data has no parameter {name!r}",
+                ("data", "params", name),
+                needed=f"one of {', '.join(HUB_PARAMS)}",
+                suggestion=f"did you mean {near!r}?" if near else None,
+            )
+
+
+def _split_problems(name: str, split: SplitConfig, generated: bool, local: bool) -> Iterator[Problem]:
+    if split.file is not None:
+        if generated:
+            yield Problem(
+                "a generated task reads no file",
+                ("data", name, "file"),
+                found=split.file,
+                suggestion="drop it, or set data.source to a file",
+            )
+        else:
+            yield from _file_problems(split.file, ("data", name, "file"))
+    if split.split is not None and (generated or local):
+        fix = "use 'file' for another file" if local else "use 'seed' and 'size'"
+        yield Problem(
+            "split names a part of a Hub data set; this source has none",
+            ("data", name, "split"),
+            found=split.split,
+            suggestion=fix,
+        )
+
+
+def _template_problems(template: str) -> Iterator[Problem]:
+    path: KeyPath = ("data", "prompt_template")
+    try:
+        parsed = [
+            (name, form, how) for _, name, form, how in string.Formatter().parse(template) if name is not None
+        ]
+    except ValueError as error:
+        fix = "write {{ and }} for braces that are text"
+        yield Problem(f"the template cannot be read: {error}", path, found=template, suggestion=fix)
+        return
+    wrong = [name for name, form, how in parsed if not name.isidentifier() or form or how]
+    example = "{column}, for example {question}"
+    if wrong:
+        message = f"the template field {{{wrong[0]}}} is not a plain column name"
+        yield Problem(message, path, found=template, needed=example)
+    elif not parsed:
+        message = "the template names no column, so all prompts are the same"
+        yield Problem(message, path, found=template, needed=example)
+
+
+def _file_problems(name: str, path: KeyPath) -> Iterator[Problem]:
+    file = Path(name).expanduser()
+    if file.is_dir():
+        yield Problem(f"{name} is a folder", path, needed=f"one file ({', '.join(FILE_SUFFIXES)})")
+    elif not file.is_file():
+        near = near_file(file)
+        relative = "paths are relative to the folder the command runs in"
+        fix = f"did you mean {file.parent / near}?" if near else relative
+        yield Problem(f"the file {name} does not exist", path, suggestion=fix)
+    elif file.suffix.lower() not in FILE_SUFFIXES:
+        yield Problem(
+            f"{file.suffix or 'no suffix'} is not a known kind of file",
+            path,
+            found=name,
+            needed=", ".join(FILE_SUFFIXES),
+        )
+
+
+def _is_file(source: str) -> bool:
+    path = Path(source).expanduser()
+    return (
+        source.lower().endswith(FILE_SUFFIXES)
+        or path.is_file()
+        or (_looks_local(source) and not path.is_dir())
+    )
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+
+
+def check_reward(reward: RewardConfig, data: DataConfig, index: int) -> Iterator[Problem]:
+    """Yield what is wrong with one reward: its name, then its parameters one by one."""
+    from posttrain.rewards.registry import VERIFIERS
+    from posttrain.rewards.reward import verifier_spec
+
+    path: KeyPath = ("rewards", index)
+    if reward.name.startswith(FUNCTION):
+        yield from _function_problems(reward.name, (*path, "name"))
+        return
+    known = ["verifier", *(name for name in VERIFIERS if name != "reasoning_gym")]
+    if reward.name not in (*known, "reasoning_gym"):
+        near = nearest(reward.name, known)
+        yield Problem(
+            f"unknown reward {reward.name!r}",
+            (*path, "name"),
+            needed=f"one of {', '.join(known)}, {FUNCTION}package.module.function",
+            suggestion=f"did you mean {near!r}?" if near else None,
+        )
+        return
+    wrong = False
+    # the verifier checks its own parameters and stops at the first: ask for each alone, then for all together
+    for params in ({}, *({name: value} for name, value in reward.params.items()), reward.params):
+        if wrong and params is reward.params:
+            break
+        try:
+            verifier_spec(reward.model_copy(update={"params": params}), data)
+        except ValueError as error:
+            wrong = True
+            name = next(iter(params), None)
+            yield Problem(str(error), (*path, "params", name) if name else (*path, "name"))
+            if not params:
+                break
+
+
+def _function_problems(name: str, path: KeyPath) -> Iterator[Problem]:
+    """Look for a user's function in the source of its module; the module is not imported."""
+    module, _, function = name.removeprefix(FUNCTION).rpartition(".")
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module) or not function.isidentifier():
+        yield Problem("this names no function", path, found=name, needed=f"{FUNCTION}package.module.function")
+        return
+    file = _module_file(module)
+    if file is None:
+        yield Problem(
+            f"the module {module!r} is not found",
+            path,
+            found=name,
+            suggestion="run the command in the folder that holds it, or set PYTHONPATH",
+        )
+    elif file.suffix == ".py":
+        try:
+            names = _defined(ast.parse(file.read_bytes()))
+        except (SyntaxError, ValueError) as error:
+            yield Problem(f"the module {module!r} is not valid Python: {error}", path, found=name)
+            return
+        if function not in names and "*" not in names:
+            near = nearest(function, names)
+            fix = f"did you mean {FUNCTION}{module}.{near}?" if near else None
+            yield Problem(f"the module {module!r} defines no {function!r}", path, found=name, suggestion=fix)
+
+
+def _module_file(module: str) -> Path | None:
+    """Return the file of a module on the search path; packages that only exist once imported are not seen."""
+    steps = module.split(".")
+    for entry in ["", *sys.path]:
+        base = Path(entry or ".").joinpath(*steps)
+        for file in (base / "__init__.py", base.with_suffix(".py")):
+            if file.is_file():
+                return file
+    return None
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names

@@ -1,0 +1,35 @@
+"""The kinds of training. Adding one: a name in ``Task`` and a row in ``TASKS``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Task = Literal["sft", "rlvr"]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a task takes from TRL and allows in a configuration.
+
+    Attributes:
+        config_class: TRL's configuration class, whose fields ``trainer:`` may hold.
+        config_module: Its module inside ``trl.trainer``.
+        methods: Module with the ``resolve`` and ``available`` functions of its methods, None without methods.
+        generates: Whether training samples groups of completions, so that GRPO's batch arithmetic applies.
+        warm_start: Whether supervised fine-tuning may go before it.
+    """
+
+    config_class: str
+    config_module: str
+    methods: str | None = None
+    generates: bool = False
+    warm_start: bool = False
+
+
+TASKS: dict[Task, TaskSpec] = {
+    "sft": TaskSpec("SFTConfig", "sft_config"),
+    "rlvr": TaskSpec(
+        "GRPOConfig", "grpo_config", methods="posttrain.rl.registry", generates=True, warm_start=True
+    ),
+}
