@@ -1,0 +1,151 @@
+"""The training part of a page: which logged numbers are shown, under which names, in which groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+from posttrain.report.charts import SMOOTH_FROM, Line, line_chart, moving_average, number, window_for
+from posttrain.report.load import Run
+
+MAIN = {
+    "reward": "Reward",
+    "loss": "Loss",
+    "mean_token_accuracy": "Token accuracy",
+    "entropy": "Entropy (nats per token)",
+    "completions/mean_length": "Completion length (tokens)",
+    "completions/clipped_ratio": "Completions cut at the limit (share)",
+    "frac_reward_zero_std": "Groups with equal rewards (share)",
+    "reward_std": "Standard deviation of the reward",
+    "kl": "KL divergence from the reference (nats)",
+    "grad_norm": "Gradient norm",
+    "learning_rate": "Learning rate",
+}
+EXPECTED = {
+    "rlvr": ("reward", "loss", "entropy", "completions/mean_length"),
+    "sft": ("loss", "mean_token_accuracy"),
+}
+UPSTREAM = frozenset({"completions", "clip_ratio", "sampling", "tools", "eval", "profiling", "train"})
+CLOCKS = frozenset({"epoch", "seconds"})
+
+
+@dataclass
+class Figure:
+    """One chart: title, drawing, and in words where a single run started and ended."""
+
+    title: str
+    svg: Markup
+    change: str = ""
+
+
+@dataclass
+class Group:
+    """Charts under one heading."""
+
+    title: str
+    figures: list[Figure] = field(default_factory=list)
+    constants: list[str] = field(default_factory=list)
+    note: str = ""
+
+
+def build(runs: Sequence[Run]) -> list[Group]:
+    """Return the groups of charts of one or several runs, in the order of the page."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.names()))
+    methods = {name for run in runs for name in method_names(run)}
+    grouped: dict[str, list[str]] = {"Training": [key for key in MAIN if key in keys]}
+    for key in keys:
+        if key in MAIN or key in CLOCKS:
+            continue
+        grouped.setdefault(_heading(key, methods), []).append(key)
+    order = sorted(grouped, key=lambda name: (name == OTHER, name.startswith("Method"), name != "Training"))
+    groups = [_group(name, grouped[name], runs) for name in order]
+    return [group for group in groups if group.figures or group.constants]
+
+
+OTHER = "Everything else that was logged"
+
+
+def method_names(run: Run) -> list[str]:
+    """Return the names under ``methods`` of the run's configuration."""
+    methods = run.config.get("methods")
+    return [str(name) for name in methods] if isinstance(methods, dict | list) else []
+
+
+def missing(run: Run) -> list[str]:
+    """Return a note for every number that this kind of run should have logged and did not."""
+    logged = set(run.names())
+    return [
+        f"metrics.jsonl has no {key!r}: the chart of {MAIN[key]} is left out."
+        for key in EXPECTED.get(str(run.config.get("task")), ())
+        if run.metrics and key not in logged
+    ]
+
+
+def alarms(run: Run) -> list[str]:
+    """Return what in the curves asks for attention."""
+    found = []
+    _, tied = run.series("frac_reward_zero_std")
+    late = [value for value in tied[-max(1, len(tied) // 5) :] if not math.isnan(value)]
+    if late and sum(late) / len(late) > 0.5:
+        found.append(
+            f"In the last fifth of training {sum(late) / len(late):.0%} of the groups had equal rewards and "
+            "gave no gradient: the problems are too easy, too hard, or the reward is constant."
+        )
+    _, clipped = run.series("completions/clipped_ratio")
+    late = [value for value in clipped[-max(1, len(clipped) // 5) :] if not math.isnan(value)]
+    if late and sum(late) / len(late) > 0.2:
+        found.append(
+            f"In the last fifth of training {sum(late) / len(late):.0%} of the completions were cut at "
+            "max_completion_length: their answers may be missing."
+        )
+    return found
+
+
+def start_and_end(run: Run, key: str) -> tuple[float, float] | None:
+    """Return the first and last value of a logged number, of long series smoothed; None without any."""
+    _, values = run.series(key)
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return None
+    if len(known) < SMOOTH_FROM:
+        return known[0], known[-1]
+    means = moving_average(known, window_for(len(known)))
+    return means[0], means[-1]
+
+
+def _heading(key: str, methods: set[str]) -> str:
+    prefix, slash, _ = key.partition("/")
+    if prefix in ("rewards", "verifier"):
+        return "Rewards and verifiers"
+    if prefix in methods or (slash and prefix not in UPSTREAM):
+        return f"Method: {prefix}"
+    return OTHER
+
+
+def _group(name: str, keys: list[str], runs: Sequence[Run]) -> Group:
+    group = Group(name)
+    for key in keys:
+        lines = []
+        for style, run in enumerate(runs):
+            x, y = run.series(key)
+            if any(not math.isnan(value) for value in y):
+                lines.append(Line(run.label, x, y, style=style))
+        if not lines:
+            continue
+        values = {value for line in lines for value in line.y}
+        if len(values) == 1 and len(lines[0].y) > 1 and key not in MAIN:
+            group.constants.append(f"{key} = {number(values.pop())}")
+            continue
+        title = MAIN.get(key) or (key.partition("/")[2] if name.startswith("Method") else key)
+        figure = Figure(title, line_chart(title, lines))
+        ends = start_and_end(runs[0], key) if len(runs) == 1 else None
+        if ends and len(lines[0].y) > 1:
+            figure.change = f"{number(ends[0])} → {number(ends[1])}"
+        group.figures.append(figure)
+    longest = max((len(run.metrics) for run in runs), default=0)
+    if longest >= SMOOTH_FROM:
+        group.note = f"Thin: each log. Thick: centred mean over {window_for(min(longest, 300))} points."
+    return group

@@ -1,0 +1,217 @@
+"""Reading a run directory as it is: finished, killed half-way, or incomplete.
+
+Nothing here fails because a file is missing or damaged. What could not be read becomes a note, and the page
+shows the notes. Layout of a run: :mod:`posttrain.run.directory`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl", "evaluation.json")
+SHOWN_STEPS = 6
+SHOWN_PER_STEP = 3
+
+
+@dataclass
+class Run:
+    """What was found in one run directory.
+
+    Attributes:
+        path: The directory.
+        label: Name in legends; unique on a page.
+        config: Resolved configuration, or {}.
+        config_text: The file as written, or "".
+        manifest: Whatever the manifest holds, or {}.
+        metrics: (step, values) of each log, in file order; values are finite numbers, NaN for the others.
+        summary: Numbers logged once, at the end of training.
+        completions: Sampled completions at a few steps spread over the run.
+        evaluation: ``before``, ``after``, ``difference`` as far as they exist.
+        export: (relative path, bytes) of every exported file.
+        warm_start: The supervised stage, or None.
+        notes: What is missing, damaged or left out, one sentence each.
+    """
+
+    path: Path
+    label: str
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    metrics: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    summary: dict[str, float] = field(default_factory=dict)
+    completions: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    export: list[tuple[str, int]] = field(default_factory=list)
+    warm_start: Run | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        """Return the names of all logged numbers, in order of first appearance."""
+        return list(dict.fromkeys(key for _, values in self.metrics for key in values))
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Return steps and values of one logged number."""
+        points = [(step, values[key]) for step, values in self.metrics if key in values]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+def read_run(path: Path, label: str) -> Run:
+    """Read one run directory.
+
+    Raises:
+        FileNotFoundError: There is no such directory.
+        ValueError: It holds none of the files of a run.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"no run directory at {path}")
+    if not any((path / name).exists() for name in FILES):
+        raise ValueError(f"{path} is not a run directory: it holds none of {', '.join(FILES)}")
+    run = Run(path, label)
+    run.config_text = _read_text(run, "config.yaml")
+    try:
+        config = yaml.safe_load(run.config_text)
+    except yaml.YAMLError:
+        run.notes.append("config.yaml is not valid YAML; it is shown as it is.")
+        config = None
+    run.config = as_dict(config)
+    run.manifest = _read_json(run, "manifest.json")
+    _read_metrics(run)
+    run.evaluation = _evaluation(run)
+    run.completions = _read_completions(run)
+    if (path / "warm_start").is_dir():
+        run.warm_start = Run(path / "warm_start", label)
+        _read_metrics(run.warm_start)
+        run.notes += [f"warm start: {note}" for note in run.warm_start.notes]
+    export = path / "export"
+    if export.is_dir():
+        files = sorted(file for file in export.rglob("*") if file.is_file())
+        run.export = [(file.relative_to(export).as_posix(), file.stat().st_size) for file in files]
+    return run
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """Return ``value`` if it is a mapping, else an empty one; files may hold anything."""
+    return value if isinstance(value, dict) else {}
+
+
+def _read_text(run: Run, name: str) -> str:
+    path = run.path / name
+    if not path.exists():
+        run.notes.append(f"{name} is missing.")
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _read_json(run: Run, name: str) -> dict[str, Any]:
+    text = _read_text(run, name)
+    if not text:
+        return {}
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        run.notes.append(f"{name} is not valid JSON ({error}); it is left out.")
+        return {}
+    if not isinstance(data, dict):
+        run.notes.append(f"{name} holds a {type(data).__name__} instead of an object; it is left out.")
+        return {}
+    return data
+
+
+def _evaluation(run: Run) -> dict[str, Any]:
+    data = _read_json(run, "evaluation.json")
+    return {name: part for name, part in data.items() if isinstance(part, dict)}
+
+
+def _read_metrics(run: Run) -> None:
+    broken: Counter[str] = Counter()
+    for _, row in _json_lines(run, "metrics.jsonl"):
+        step = as_number(row.pop("step", None))
+        if step is None:
+            broken["no step"] += 1
+            continue
+        numbers = {}
+        for key, value in row.items():
+            if _is_number(value) or value is None:
+                numbers[key] = float(value) if value is not None and math.isfinite(value) else math.nan
+        if "train_runtime" in row:
+            run.summary = {key: value for key, value in numbers.items() if not math.isnan(value)}
+        else:
+            run.metrics.append((float(step), numbers))
+    if broken["no step"]:
+        run.notes.append(f"metrics.jsonl: {broken['no step']} lines have no step and are left out.")
+    # a log that never was a number anywhere (all null) has nothing to show
+    known = {key for _, values in run.metrics for key, value in values.items() if not math.isnan(value)}
+    lost = Counter(key for _, values in run.metrics for key, value in values.items() if math.isnan(value))
+    for key, count in lost.items():
+        total = sum(key in values for _, values in run.metrics)
+        run.notes.append(f"metrics.jsonl: {key} is not a finite number in {count} of {total} logs.")
+    run.metrics = [(step, {k: v for k, v in values.items() if k in known}) for step, values in run.metrics]
+
+
+def _read_completions(run: Run) -> list[dict[str, Any]]:
+    """Return a few completions from a few steps: first, last, and evenly between."""
+    places: dict[float, list[int]] = {}
+    for offset, row in _json_lines(run, "completions.jsonl"):
+        step = as_number(row.get("step"))
+        if step is not None:
+            places.setdefault(step, []).append(offset)
+    steps = sorted(places)
+    last = len(steps) - 1
+    picked = {steps[round(i * last / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)} if steps else set()
+    rows = []
+    if picked:
+        with (run.path / "completions.jsonl").open("rb") as file:
+            for step in sorted(picked):
+                for offset in places[step][:SHOWN_PER_STEP]:
+                    file.seek(offset)
+                    rows.append(json.loads(file.readline().decode("utf-8", errors="replace")))
+    return rows
+
+
+def _json_lines(run: Run, name: str) -> list[tuple[int, dict[str, Any]]]:
+    """Return (byte offset, object) of every good line; damaged ones are counted in a note.
+
+    Completions are cut down to their step here, so that a large file does not fill the memory.
+    """
+    path = run.path / name
+    if not path.exists():
+        run.notes.append(f"{name} is missing.")
+        return []
+    rows: list[tuple[int, dict[str, Any]]] = []
+    damaged: list[int] = []
+    offset = number = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line.decode("utf-8", errors="replace")) if line.strip() else None
+            except json.JSONDecodeError:
+                row = ()
+            if isinstance(row, dict):
+                rows.append((offset, {"step": row.get("step")} if name == "completions.jsonl" else row))
+            elif row is not None:
+                damaged.append(number)
+            offset += len(line)
+    if damaged and damaged[-1] == number:
+        run.notes.append(f"{name}: the last line is incomplete (stopped while writing); it is left out.")
+        damaged.pop()
+    if damaged:
+        run.notes.append(f"{name}: {len(damaged)} damaged lines are left out (first: line {damaged[0]}).")
+    if not rows:
+        run.notes.append(f"{name} holds no complete line.")
+    return rows
+
+
+def as_number(value: Any) -> Any:
+    """Return ``value`` if it is a finite number, else None."""
+    return value if _is_number(value) and math.isfinite(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
