@@ -246,13 +246,7 @@ def _chart_at_k(title: str, lines: list[Line]) -> Markup:
 
 def _problems(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the problems whose share of correct samples changed most, both ways in turn."""
-    sides = {
-        name: {
-            problem.get("index", place): problem
-            for place, problem in enumerate(_list(as_dict(evaluation.get(name)).get("problems")))
-        }
-        for name in ("before", "after")
-    }
+    sides = {name: _by_index(as_dict(evaluation.get(name)).get("problems")) for name in ("before", "after")}
     latest = sides["after"] or sides["before"]
     rows: list[dict[str, Any]] = []
     for index, problem in latest.items():
@@ -270,6 +264,14 @@ def _problems(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     ranked = sorted(rows, key=lambda row: -row["change"])
     best, worst = ranked[: SHOWN_PROBLEMS // 2], ranked[SHOWN_PROBLEMS // 2 :][-(SHOWN_PROBLEMS // 2) :]
     return best + worst
+
+
+def _by_index(problems: Any) -> dict[float, dict[str, Any]]:
+    found = {}
+    for place, problem in enumerate(_list(problems)):
+        index = as_number(problem.get("index"))
+        found[place if index is None else index] = problem
+    return found
 
 
 def _share(problem: dict[str, Any]) -> float:
