@@ -141,7 +141,9 @@ def _load_embedded(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, Pre
     except (ValueError, ImportError) as error:  # the only thing in the configuration that can fail here
         raise ModelLoadError(f"model.attn_implementation: {error}") from error
     if config.dtype != "auto":
-        model = model.to(getattr(torch, config.dtype))
+        # not model.to(): a checkpoint loaded in bf16 keeps its rotary frequencies in fp32
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, config.dtype))
         model.config.dtype = getattr(torch, config.dtype)
     return model, embedded.build_tokenizer()
 
@@ -157,7 +159,8 @@ def _load_checkpoint(
     else:
         base_path = base or _base_of(adapter_folder)
         # the revision belongs to the adapter's own repository, not to the base
-        model = _from_pretrained(config.model_copy(update={"path": base_path, "revision": None}))
+        base_revision = json.loads((adapter_folder / ADAPTER_CONFIG).read_text()).get("revision")
+        model = _from_pretrained(config.model_copy(update={"path": base_path, "revision": base_revision}))
         tokenizer = _load_tokenizer(config, [str(adapter_folder), base_path])
         model = _attach(model, adapter_folder, base_path, trainable=trainable)
     _align(model, tokenizer, config.path)

@@ -1,0 +1,231 @@
+"""The model card: what was trained, on what, by which methods, how well, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from posttrain.models.load import BUNDLED_BASE
+from posttrain.rl import registry
+from posttrain.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from posttrain.export.export import ExportResult
+
+HERE = 'folder = "."  # where this file is'
+"""The line of the loading code that a push replaces by a download."""
+
+
+class CardData(TypedDict, total=False):
+    """What a card can tell; everything is optional.
+
+    Attributes:
+        title: Heading; the folder's name when absent.
+        task: ``sft`` or ``rlvr``.
+        base_model: What training started from, as the configuration names it.
+        license: SPDX id; that of a local base's card when absent.
+        methods: Parameters of each method, by name.
+        data: ``source`` and what else describes the data (fingerprint, rows).
+        evaluation: ``before``, ``after`` and ``difference``, each with ``metrics``: name to value, low, high.
+        config: The resolved configuration, YAML.
+        manifest: See :func:`posttrain.run.manifest.build_manifest`.
+    """
+
+    title: str
+    task: str
+    base_model: str
+    license: str
+    methods: Mapping[str, Mapping[str, Any]]
+    data: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    config: str
+    manifest: Mapping[str, Any]
+
+
+def card_of(run: RunDirectory) -> CardData:
+    """Collect what a run directory knows; files that are not there (yet) are left out."""
+    card: CardData = {}
+    if run.config.is_file():
+        card["config"] = run.config.read_text()
+        config = yaml.safe_load(card["config"])
+        card["task"] = config["task"]
+        card["base_model"] = (config.get("model") or {}).get("path", "")
+        card["methods"] = config.get("methods") or {}
+        card["data"] = {"source": config["data"]["source"]}
+    if run.manifest.is_file():
+        card["manifest"] = json.loads(run.manifest.read_text())
+        card["data"] = {**card.get("data", {}), **(card["manifest"].get("data") or {})}
+    if run.evaluation.is_file():
+        card["evaluation"] = json.loads(run.evaluation.read_text())
+    return card
+
+
+def write_card(folder: Path, card: CardData, result: ExportResult, *, prompt: str | None = None) -> None:
+    """Write ``README.md`` into ``folder``.
+
+    Args:
+        folder: Where the export is being written.
+        card: What to tell.
+        result: The verified export.
+        prompt: Example prompt of the loading code.
+    """
+    metadata = _metadata(card, result)
+    title = card.get("title") or Path(result.folder).name
+    sections = [
+        f"# {title}\n\n{_summary(card, result)}",
+        _methods(card.get("methods") or {}),
+        _data(card.get("data") or {}),
+        _metrics(card.get("evaluation") or {}),
+        f"## How to load\n\n{_loading_text(result)}\n\n```python\n{loading_code(result, prompt)}\n```",
+        _repeat(card),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
+
+
+def loading_code(result: ExportResult, prompt: str | None = None) -> str:
+    """Return Python that loads the export with plain transformers and PEFT, and generates from ``prompt``."""
+    short = prompt if prompt and len(prompt) <= 200 else "Once upon a time"
+    if result.format == "adapter":
+        base = f'f"{{folder}}/{BUNDLED_BASE}"' if result.base_bundled else json.dumps(result.base)
+        imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
+        load = f"base = AutoModelForCausalLM.from_pretrained({base})\n"
+        load += "model = PeftModel.from_pretrained(base, folder)"
+    else:
+        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        load = "model = AutoModelForCausalLM.from_pretrained(folder)"
+    return f"""{imports}
+
+{HERE}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+{load}
+inputs = tokenizer({json.dumps(short, ensure_ascii=False)}, return_tensors="pt", return_token_type_ids=False)
+output = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+
+
+def for_hub(text: str, repo_id: str, revision: str | None = None) -> str:
+    """Return the card's text with loading code that downloads ``repo_id`` first."""
+    pin = f", revision={json.dumps(revision)}" if revision else ""
+    download = f"folder = snapshot_download({json.dumps(repo_id)}{pin})"
+    return text.replace(HERE, f"from huggingface_hub import snapshot_download\n\n{download}")
+
+
+def is_hub_id(address: str | None) -> bool:
+    """Return whether an address names a repository of the Hub rather than a folder or an embedded model."""
+    if not address or ":" in address or Path(address).expanduser().exists():
+        return False
+    try:
+        validate_repo_id(address)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _metadata(card: CardData, result: ExportResult) -> ModelCardData:
+    bases = [address for address in (card.get("base_model"), result.base) if is_hub_id(address)]
+    source = str((card.get("data") or {}).get("source", ""))
+    return ModelCardData(
+        base_model=bases[0] if bases else None,
+        library_name="peft" if result.format == "adapter" else "transformers",
+        license=card.get("license") or _license_of(result.base or card.get("base_model")),
+        pipeline_tag="text-generation",
+        datasets=[source] if is_hub_id(source) else None,
+        tags=["trl", "posttrain", *([card["task"]] if "task" in card else []), *(card.get("methods") or {})],
+    )
+
+
+def _license_of(base: str | None) -> str | None:
+    """Read the licence from the card of a base that lies in a folder; nothing is looked up on the Hub."""
+    readme = Path(base) / "README.md" if base else None
+    if readme is None or not readme.is_file():
+        return None
+    return ModelCard.load(readme, ignore_metadata_errors=True).data.license
+
+
+def _summary(card: CardData, result: ExportResult) -> str:
+    what = {
+        "adapter": "A PEFT adapter",
+        "merged": "Weights with the trained adapter merged in",
+        "full": "A fully trained model",
+    }[result.format]
+    start = f" Training started from `{card['base_model']}`." if card.get("base_model") else ""
+    kind = {"sft": " by supervised fine-tuning", "rlvr": " by reinforcement learning from verifiable rewards"}
+    check = result.comparison
+    return (
+        f"{what} ({result.dtype}), trained with posttrain{kind.get(card.get('task', ''), '')}.{start}\n\n"
+        f"Reloaded from disk and compared with the trained model on {check.positions} probe tokens: the "
+        f"logits differ by at most {check.max_difference:.2g} (allowed: {check.tolerance:.2g})."
+    )
+
+
+def _methods(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = []
+    for name, params in methods.items():
+        method = registry.resolve(name)
+        paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
+        settings = ", ".join(f"{key}={value!r}" for key, value in (params or {}).items())
+        lines.append(f"- **{method.title}**{paper}: `{name}({settings})`")
+    return "## Methods\n\n" + "\n".join(lines) if lines else ""
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    lines = [f"- {key.replace('_', ' ')}: `{value}`" for key, value in data.items() if value is not None]
+    return "## Data\n\n" + "\n".join(lines) if lines else ""
+
+
+def _metrics(evaluation: Mapping[str, Any]) -> str:
+    columns = {
+        name: evaluation[name].get("metrics", evaluation[name])
+        for name in ("before", "after", "difference")
+        if evaluation.get(name)
+    }
+    if not columns:
+        return ""
+    names = list(dict.fromkeys(metric for metrics in columns.values() for metric in metrics))
+    lines = [f"| metric | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [
+        f"| {name} | " + " | ".join(_cell(m.get(name)) for m in columns.values()) + " |" for name in names
+    ]
+    note = "Held-out problems; in brackets the bootstrap interval over problems."
+    return f"## Evaluation\n\n{note}\n\n" + "\n".join(lines)
+
+
+def _cell(estimate: Mapping[str, Any] | None) -> str:
+    if not estimate or estimate.get("value") is None:
+        return ""
+    low, high = estimate.get("low"), estimate.get("high")
+    interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+    return f"{estimate['value']:.3f}{interval}"
+
+
+def _loading_text(result: ExportResult) -> str:
+    if result.format != "adapter":
+        return "Plain `transformers` is enough."
+    if result.base_bundled:
+        return (
+            f"The base model had no address of its own, so it lies in `{BUNDLED_BASE}/`, and this folder "
+            f"can be moved as a whole. (`AutoPeftModel` classes look for the base where it lay at export; "
+            f"the code below does not.)"
+        )
+    return f"Plain `peft` and `transformers` are enough. The adapter belongs to the base `{result.base}`."
+
+
+def _repeat(card: CardData) -> str:
+    manifest = dict(card.get("manifest") or {})
+    parts = []
+    if manifest.get("command"):
+        parts.append(f"## Repeat it\n\n```bash\n{manifest['command']}\n```")
+    if card.get("config"):
+        parts.append(f"## Configuration\n\n```yaml\n{card['config'].strip()}\n```")
+    if manifest:
+        manifest.pop("config", None)  # shown above
+        parts.append(f"## Manifest\n\n```json\n{json.dumps(manifest, indent=1, ensure_ascii=False)}\n```")
+    return "\n\n".join(parts)
