@@ -128,7 +128,7 @@ def vowel(completions: list[str], rows: list[dict]) -> list[Verdict]:
         if not text:
             verdicts.append(Verdict("unparseable", 0.0))
         elif text[0] == "x":
-            verdicts.append(Verdict("error"))
+            verdicts.append(Verdict("error", message="no x"))
         else:
             right = text[0] in "aeiou"
             verdicts.append(Verdict("correct" if right else "wrong", float(right), text[0]))
@@ -156,6 +156,7 @@ def test_evaluate_end_to_end() -> None:
     for sample in (sample for p in result.problems for sample in p.samples):
         assert (sample.status == "correct") == (sample.text[:1] in tuple("aeiou"))
         assert sample.answer == (sample.text[0] if sample.status in ("correct", "wrong") else None)
+        assert sample.message == ("no x" if sample.text[:1] == "x" else None)
     share = [p.c / p.n for p in result.problems]
     assert result.metrics["pass@1"].value == pytest.approx(sum(share) / 5)
     assert [s.text for s in result.problems[0].samples] != [s.text for s in result.problems[3].samples]
