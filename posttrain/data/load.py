@@ -16,7 +16,7 @@ from posttrain.data import sources
 from posttrain.data.contracts import CONTRACTS, check, rename
 from posttrain.data.errors import DataError
 from posttrain.data.files import Table
-from posttrain.data.prompts import apply_template
+from posttrain.data.prompts import apply_pattern, apply_template
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +153,8 @@ def _from_hub(config: DataConfig, hold_out: bool) -> tuple[Table, Table | None]:
 
 def _prepare(table: Table, config: DataConfig, task: str) -> Dataset:
     renamed = rename(table, config.columns)
+    if config.prompt_pattern is not None:
+        renamed = apply_pattern(renamed, config.prompt_pattern)
     if config.prompt_template is not None:
         aliases = {old: new for new, old in config.columns.items()}
         if sources.is_generated(config):

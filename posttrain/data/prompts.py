@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +47,42 @@ def template_fields(template: str) -> list[tuple[str, str | None]]:
     return pieces
 
 
+def apply_pattern(table: Table, pattern: str) -> Table:
+    """Keep of every text prompt what the one group of ``pattern`` matches.
+
+    Args:
+        table: The data, after renaming.
+        pattern: A regular expression, searched anywhere in the prompt; a dot matches line ends too.
+
+    Raises:
+        DataError: Not a regular expression with one group, no text prompts, or a row that does not match.
+    """
+    try:
+        expression = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise DataError(f"data.prompt_pattern is not a regular expression: {error}") from None
+    if expression.groups != 1:
+        raise DataError(
+            f"data.prompt_pattern needs one group (...), found {expression.groups} in {pattern!r}"
+        )
+    if "prompt" not in table.dataset.column_names:
+        raise DataError(f"{table.place}: data.prompt_pattern needs a prompt column")
+    prompts = []
+    for index, prompt in enumerate(table.dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise DataError(f"{table.place}: data.prompt_pattern is for text prompts, found messages")
+        match = expression.search(prompt)
+        if match is None or match.group(1) is None:
+            raise DataError(
+                f"{table.place}, {table.where(index)}: data.prompt_pattern {pattern!r} does not "
+                f"match {prompt[:80]!r}"
+            )
+        prompts.append(match.group(1))
+    rest = table.dataset.remove_columns("prompt")
+    dataset = rest.add_column("prompt", prompts).select_columns(table.dataset.column_names)
+    return Table(dataset, table.place, table.lines, table.notes)
+
+
 def apply_template(table: Table, template: str, aliases: Mapping[str, str]) -> Table:
     """Build the ``prompt`` column from a template.
 
@@ -75,9 +112,7 @@ def apply_template(table: Table, template: str, aliases: Mapping[str, str]) -> T
         "".join(text + (_written(columns[name][index]) if name else "") for text, name in pieces)
         for index in range(len(table.dataset))
     ]
-    rest = table.dataset.remove_columns("prompt") if "prompt" in found else table.dataset
-    dataset = rest.add_column("prompt", prompts).select_columns(["prompt", *rest.column_names])
-    return Table(dataset, table.place, table.lines, table.notes)
+    return Table(_put_column(table.dataset, "prompt", prompts), table.place, table.lines, table.notes)
 
 
 def render(dataset: Dataset, tokenizer: Any, config: DataConfig) -> Dataset:
@@ -124,11 +159,18 @@ def render(dataset: Dataset, tokenizer: Any, config: DataConfig) -> Dataset:
         opening = config.system_prompt if name in ("prompt", "messages") else None
         role = "assistant" if name == "completion" else "user"
         converted = [_messages(value, role, opening, index) for index, value in enumerate(dataset[name][:])]
-        position = dataset.column_names.index(name)
-        dataset = dataset.remove_columns(name).add_column(name, converted)
-        names = [column for column in dataset.column_names if column != name]
-        dataset = dataset.select_columns([*names[:position], name, *names[position:]])
+        dataset = _put_column(dataset, name, converted)
     return dataset
+
+
+def _put_column(dataset: Dataset, name: str, values: list[Any]) -> Dataset:
+    """Replace a column where it stands, or put a new one first."""
+    order = dataset.column_names if name in dataset.column_names else [name, *dataset.column_names]
+    # the old column goes last: a table that loses its only column forgets how many rows it has
+    dataset = dataset.add_column("_new", values)
+    if name in dataset.column_names:
+        dataset = dataset.remove_columns(name)
+    return dataset.rename_column("_new", name).select_columns(order)
 
 
 def _messages(value: str | list[Message], role: str, system: str | None, index: int) -> list[Message]:
