@@ -2,8 +2,8 @@
 
 One pydantic model per section, strict about names and ranges. Nothing here imports torch. Two sections
 are open-ended and checked elsewhere: ``trainer`` against the fields of the TRL configuration class
-(:mod:`posttrain.config.trainer_fields`), ``methods`` against the parameters of each method
-(:mod:`posttrain.rl.registry`).
+(:mod:`posttrain.config.trainer_check`), ``methods`` against the parameters of each method
+(:mod:`posttrain.config.method_check`).
 """
 
 from __future__ import annotations
@@ -100,6 +100,11 @@ class DataConfig(Section):
     eval: SplitConfig = SplitConfig(seed=1_000_003)
     system_prompt: str | None = Field(
         default=None, description="System message put before every prompt (chat models)."
+    )
+    prompt_pattern: str | None = Field(
+        None,
+        description="Regular expression with one group: a text prompt becomes what the group matches, before "
+        "the template. For boilerplate around the question.",
     )
     prompt_template: str | None = Field(
         default=None,

@@ -6,8 +6,9 @@ import ast
 import re
 import string
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from posttrain.config.generated_tasks import check_task, task_sources
 from posttrain.config.problems import KeyPath, Problem, near_file, nearest
@@ -61,6 +62,10 @@ def check_data(data: DataConfig) -> Iterator[Problem]:
         yield from check_task(source.removeprefix(GENERATED), data.params)
     elif _is_file(source):
         yield from _file_problems(source, ("data", "source"))
+        if data.params:
+            yield Problem(
+                "a file takes no params", ("data", "params"), found=data.params, suggestion="drop them"
+            )
     elif source in task_sources():
         fix = f"write {GENERATED}{source}"
         yield Problem(
@@ -79,20 +84,16 @@ def check_data(data: DataConfig) -> Iterator[Problem]:
             needed=f"{GENERATED}TASK, a file ({', '.join(FILE_SUFFIXES)}), or a Hub id such as user/name",
             suggestion=f"write {GENERATED}{source.partition(':')[2]}" if near else None,
         )
-    if not generated:
-        yield from _param_problems(data)
+    else:
+        yield from _hub_problems(data.params)
     for name, split in (("train", data.train), ("eval", data.eval)):
         yield from _split_problems(name, split, generated, _is_file(source))
     if data.prompt_template is not None:
         yield from _template_problems(data.prompt_template)
 
 
-def _param_problems(data: DataConfig) -> Iterator[Problem]:
-    if data.params and _is_file(data.source):
-        fix = "drop them"
-        yield Problem("a file takes no params", ("data", "params"), found=data.params, suggestion=fix)
-        return
-    for name in data.params:
+def _hub_problems(params: Mapping[str, Any]) -> Iterator[Problem]:
+    for name in params:
         if name not in HUB_PARAMS:
             near = nearest(name, HUB_PARAMS)
             yield Problem(

@@ -10,7 +10,7 @@ from posttrain.config.annotations import accepts
 from posttrain.config.problems import KeyPath, Problem, nearest
 from posttrain.config.tasks import TaskSpec
 from posttrain.config.trainer_fields import OWNED, RENAMED, trainer_fields
-from posttrain.config.trainer_ranges import needed, rule_for
+from posttrain.config.trainer_ranges import Choices, needed, rule_for
 from posttrain.config.trainer_rules import rule_problems
 from posttrain.config.upstream import SourceField
 
@@ -65,7 +65,9 @@ def _field_problem(
     if name not in fields:
         return _unknown(name, value, fields, class_name, path)
     field = fields[name]
-    if not accepts(field.annotation, value):
+    rule = rule_for(field, class_name)
+    # listed choices say more than the annotation: scale_rewards is a str that also takes true
+    if not isinstance(rule, Choices) and not accepts(field.annotation, value):
         return Problem(
             f"{name} has a value of the wrong type",
             path,
@@ -73,7 +75,6 @@ def _field_problem(
             needed=needed(field, class_name),
             suggestion=_conversion(field.annotation, value) or _near_choice(field, class_name, value),
         )
-    rule = rule_for(field, class_name)
     if rule is not None and not rule.allows(value):
         return Problem(
             f"{name} has a value that is not allowed",

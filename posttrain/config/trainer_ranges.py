@@ -7,7 +7,6 @@ task. What TRL's own source lists (``choices`` in its metadata, enumerations) is
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -209,7 +208,6 @@ _ENUMS = {
 }
 
 
-@functools.cache
 def rule_for(field: SourceField, class_name: str) -> Rule | None:
     """Return the rule of a field, or None when every value of its type will do."""
     if field.name == "loss_type" and class_name == "GRPOConfig":
