@@ -7,7 +7,10 @@ imports stand inside the verbs, so that help and ``check`` answer at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -51,6 +54,35 @@ def request_error(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Turn what went wrong into a message and an exit code; tracebacks are for ``POSTTRAIN_DEBUG=1``.
+
+    A request that cannot be carried out as it stands (configuration, data, model path, run directory) ends
+    with 2, a run that failed under way with 1.
+    """
+    if os.environ.get("POSTTRAIN_DEBUG"):
+        yield
+        return
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; go on with --resume", markup=False)
+        raise typer.Exit(1) from None
+    except Exception as error:
+        from posttrain.errors import is_request_error
+
+        if is_request_error(error):
+            request_error(str(error))
+        message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"failed: {message}\n(POSTTRAIN_DEBUG=1 shows where)", markup=False
+        )
+        raise typer.Exit(1) from None
+
+
 def print_json(value: Any) -> None:
     """Print ``value`` as JSON on stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
@@ -80,6 +112,113 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
     else:
         report.print(stdout())
     raise typer.Exit(0 if report.ok else 2)
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on exactly where the run in run_dir stopped, whatever stopped it."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in run_dir; it is kept once, as RUN_DIR.old.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Carry out a run: warm start, evaluation, training, evaluation, export, report.
+
+    The configuration is checked first; every mistake is reported before anything is loaded. Everything the
+    run writes lies in its run_dir. Several processes: accelerate launch -m posttrain train CONFIG.yaml.
+    """
+    from posttrain.config.check import load_run_config
+
+    with reported_errors():
+        if resume and overwrite:
+            request_error("--resume goes on with a run and --overwrite replaces it: give one of them")
+        run_config = load_run_config(config, overrides or ())
+        from posttrain.run.train import train as carry_out
+
+        result = carry_out(run_config, resume=resume, overwrite=overwrite)
+        if as_json:
+            print_json(result.to_dict())
+        else:
+            stdout().print(result.text(), markup=False)
+
+
+@app.command("eval")
+def evaluate_model(
+    model: Annotated[str, typer.Argument(help="Checkpoint or adapter folder, run directory, or Hub id.")],
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="Run configuration with data, rewards and evaluate; that of the run when unset."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write the evaluation with all samples here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a model on the held-out rows of a configuration: pass@k, maj@k, diversity, with intervals."""
+    from posttrain.config.check import load_run_config
+
+    with reported_errors():
+        from posttrain.run.verbs import config_of, evaluate_path
+
+        run_config = load_run_config(config or config_of(model), overrides or ())
+        result = evaluate_path(model, run_config, out=out)
+        if as_json:
+            print_json({key: value for key, value in result.to_dict().items() if key != "problems"})
+        else:
+            from posttrain.evaluation.table import print_table
+
+            print_table({"": result}, stdout())
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Run directory, or a checkpoint of one.")],
+    to: Annotated[Path | None, typer.Option("--to", help="Target folder; RUN/export when unset.")] = None,
+    export_format: Annotated[str, typer.Option("--format", help="auto, adapter, merged or full.")] = "auto",
+    push_to: Annotated[
+        str | None, typer.Option("--push", help="Hub repository user/name to upload to.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a repository that the push creates public.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a trained model for others, reload it, compare its logits, and upload it if asked."""
+    with reported_errors():
+        from posttrain.run.verbs import EXPORT_FORMATS, export_path
+
+        if export_format not in EXPORT_FORMATS:
+            request_error(f"--format is one of {', '.join(EXPORT_FORMATS)}, found {export_format!r}")
+        result = export_path(source, to=to, format=export_format, push_to=push_to, private=not public)
+        if as_json:
+            print_json(result)
+        else:
+            stdout().print("\n".join(f"{key}: {value}" for key, value in result.items()), markup=False)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One run directory, or several to compare.")],
+    out: Annotated[Path | None, typer.Option("--out", help="HTML file; RUN/report.html when unset.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn run directories into one self-contained HTML page."""
+    with reported_errors():
+        from posttrain.report import write_report
+
+        path = write_report(runs, out)
+        if as_json:
+            print_json({"report": str(path)})
+        else:
+            stdout().print(str(path), markup=False)
 
 
 @app.command()
