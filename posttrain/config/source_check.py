@@ -88,6 +88,8 @@ def check_data(data: DataConfig) -> Iterator[Problem]:
         yield from _hub_problems(data.params)
     for name, split in (("train", data.train), ("eval", data.eval)):
         yield from _split_problems(name, split, generated, _is_file(source))
+    if data.prompt_pattern is not None:
+        yield from _pattern_problems(data.prompt_pattern, ("data", "prompt_pattern"), groups=1)
     if data.prompt_template is not None:
         yield from _template_problems(data.prompt_template)
 
@@ -143,6 +145,18 @@ def _template_problems(template: str) -> Iterator[Problem]:
     elif not parsed:
         message = "the template names no column, so all prompts are the same"
         yield Problem(message, path, found=template, needed=example)
+
+
+def _pattern_problems(pattern: str, path: KeyPath, groups: int | None = None) -> Iterator[Problem]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        yield Problem(f"this is not a regular expression: {error}", path, found=pattern)
+        return
+    if groups is not None and compiled.groups != groups:
+        message = f"the regular expression has {compiled.groups} groups"
+        fix = "write (?:...) around what is not wanted" if compiled.groups else "put the wanted part in (...)"
+        yield Problem(message, path, found=pattern, needed=f"{groups} group", suggestion=fix)
 
 
 def _file_problems(name: str, path: KeyPath) -> Iterator[Problem]:
@@ -208,6 +222,9 @@ def check_reward(reward: RewardConfig, data: DataConfig, index: int) -> Iterator
             yield Problem(str(error), (*path, "params", name) if name else (*path, "name"))
             if not params:
                 break
+    pattern = reward.params.get("pattern")
+    if reward.name == "format" and isinstance(pattern, str):
+        yield from _pattern_problems(pattern, (*path, "params", "pattern"))
 
 
 def _function_problems(name: str, path: KeyPath) -> Iterator[Problem]:

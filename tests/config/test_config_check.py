@@ -388,6 +388,17 @@ def test_prompt_templates(problems, template, message):
     assert message in found["data.prompt_template"].message
 
 
+def test_regular_expressions(problems):
+    assert problems("data.prompt_pattern='Q: (.*)'") == {}
+    assert "not a regular expression" in problems("data.prompt_pattern='('")["data.prompt_pattern"].message
+    assert problems("data.prompt_pattern='(a)(b)'")["data.prompt_pattern"].needed == "1 group"
+    assert (
+        problems("data.prompt_pattern=a")["data.prompt_pattern"].suggestion == "put the wanted part in (...)"
+    )
+    found = problems("rewards=[{format: {params: {pattern: '*'}}}]")
+    assert "not a regular expression" in found["rewards.0.params.pattern"].message
+
+
 def test_models(problems, write, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
