@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from posttrain.models.load import BUNDLED_BASE
 from posttrain.rl import registry
 from posttrain.run.directory import RunDirectory
+from posttrain.run.manifest import redact
 
 if TYPE_CHECKING:
     from posttrain.export.export import ExportResult
@@ -53,8 +54,8 @@ def card_of(run: RunDirectory) -> CardData:
     """Collect what a run directory knows; files that are not there (yet) are left out."""
     card: CardData = {}
     if run.config.is_file():
-        card["config"] = run.config.read_text()
-        config = yaml.safe_load(card["config"])
+        config = redact(yaml.safe_load(run.config.read_text()))  # the card is made to be published
+        card["config"] = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         card["task"] = config["task"]
         card["base_model"] = (config.get("model") or {}).get("path", "")
         card["methods"] = config.get("methods") or {}

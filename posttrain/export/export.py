@@ -37,8 +37,8 @@ from posttrain.models.load import ADAPTER_CONFIG, BUNDLED_BASE
 MARKER = "posttrain_export.json"
 """Written last: says that the folder is ours, was verified, and what its files' fingerprints are."""
 
-UNHASHED = (MARKER, "README.md")
-"""Files one may edit after the export without making it unverified."""
+UNHASHED = (MARKER, "README.md", ".gitattributes")
+"""Files one may edit after the export without making it unverified; the Hub adds the last one."""
 
 Format = Literal["auto", "adapter", "merged", "full"]
 _Model = PreTrainedModel | PeftModel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 from pathlib import Path
 
@@ -125,8 +126,7 @@ def _changed_for_hub(folder: Path, repo_id: str, revision: str | None) -> dict[s
             config["base_model_name_or_path"] = f"./{BUNDLED_BASE}"
             changed[ADAPTER_CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
             marker = json.loads((folder / MARKER).read_text())
-            # the fingerprint in the marker has to be that of the file beside it
-            del marker["files"][ADAPTER_CONFIG]
+            marker["files"][ADAPTER_CONFIG] = hashlib.sha256(changed[ADAPTER_CONFIG]).hexdigest()
             changed[MARKER] = (json.dumps(marker, indent=1) + "\n").encode()
         elif not is_hub_id(base):
             raise PushError(
@@ -143,7 +143,7 @@ def _explain(error: HfHubHTTPError, repo_id: str) -> str:
     reasons = {
         401: "the Hub does not accept the access token: log in again (hf auth login)",
         403: f"the token may not write to {namespace}: use one with write permission there",
-        404: f"{repo_id} was not found, or the token may not see it: check the name and the token's permissions",
+        404: f"{repo_id} was not found, or the token may not see it: check both",
         409: f"{repo_id} was changed by someone else meanwhile. {AGAIN}",
         413: "a file is too large for the Hub",
         429: f"too many requests: wait a few minutes. {AGAIN}",

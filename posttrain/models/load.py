@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import snapshot_download
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -235,7 +236,7 @@ def _from_pretrained(config: ModelConfig) -> PreTrainedModel:
             trust_remote_code=config.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ModelLoadError(_explain(error, path, "model")) from error
 
 
@@ -244,6 +245,8 @@ def _explain(error: Exception, path: str, what: str) -> str:
     words = " ".join(str(error).split())
     if "trust_remote_code" in words:
         fix = "It ships its own Python code: read it, then set model.trust_remote_code: true if you trust it"
+    elif isinstance(error, SafetensorError):
+        fix = "A weight file is damaged or cut short: copy or download it again"
     elif "safetensors" in words:
         fix = (
             "It has no safetensors weights, and pickled ones are not read: use another revision or convert it"
@@ -292,7 +295,7 @@ def _attach(model: PreTrainedModel, adapter_folder: Path, base_path: str, *, tra
             # PEFT only warns when the file lacks tensors, and the adapter would then be half random
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             return PeftModel.from_pretrained(model, str(adapter_folder), is_trainable=trainable)
-    except (ValueError, RuntimeError, UserWarning) as error:
+    except (ValueError, RuntimeError, UserWarning, SafetensorError) as error:
         raise ModelLoadError(
             f"the adapter {str(adapter_folder)!r} does not fit the base {base_path!r}: was it trained on "
             f"another model? [{type(error).__name__}: {' '.join(str(error).split())[:400]}]"

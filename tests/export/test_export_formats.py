@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_models import tiny_llama, trained_adapter
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.config.schema import AdapterConfig
 from posttrain.export import export as export_module
@@ -17,39 +18,6 @@ from posttrain.models.embedded import build_tokenizer
 from posttrain.models.load import build_peft_config, load_for_evaluation
 
 IDS = [torch.tensor([[20, 21, 22, 23, 24, 5, 6, 7]])]
-
-
-def tiny_llama(*, tied=False, dtype=torch.float32, seed=0):
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():  # model.to() would round the rotary frequencies too
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    return model
-
-
-def trained_adapter(base, *, scale=0.05, seed=1, **settings):
-    model = get_peft_model(base, build_peft_config(AdapterConfig(r=4, **settings), base))
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data += (scale * noise).to(parameter.dtype)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +122,9 @@ def test_wrong_base_is_refused_and_leaves_nothing(tokenizer, tmp_path):
     with pytest.raises(ExportError, match=r"not the trained model.*pass bundle_base=True"):
         export_model(model, tokenizer, tmp_path / "out", base_path=str(tmp_path / "other"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
-    result = export_model(model, tokenizer, tmp_path / "out", base_path=str(tmp_path / "other"), bundle_base=True)
+    result = export_model(
+        model, tokenizer, tmp_path / "out", base_path=str(tmp_path / "other"), bundle_base=True
+    )
     assert result.base_bundled
 
 
@@ -202,7 +172,11 @@ def test_weights_that_are_not_finite_are_refused(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("adapter", "format", "message"),
-    [(True, "full", "use 'adapter', or 'merged'"), (False, "adapter", "use 'full'"), (False, "merged", "use 'full'")],
+    [
+        (True, "full", "use 'adapter', or 'merged'"),
+        (False, "adapter", "use 'full'"),
+        (False, "merged", "use 'full'"),
+    ],
 )
 def test_format_has_to_fit_the_model(adapter, format, message, tokenizer, tmp_path):
     model = trained_adapter(tiny_llama()) if adapter else tiny_llama()
