@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import snapshot_download
-from peft import PeftModel
-from safetensors import SafetensorError
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -228,16 +228,25 @@ def _from_pretrained(config: ModelConfig) -> PreTrainedModel:
         {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     )
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             path,
             revision=config.revision,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
             **options,
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ModelLoadError(_explain(error, path, "model")) from error
+    if info["missing_keys"]:
+        # transformers fills them with random numbers and goes on
+        names = sorted(info["missing_keys"])
+        raise ModelLoadError(
+            f"{path!r} lacks {len(names)} weights of a {type(model).__name__}, for example {names[0]}: the save was "
+            "incomplete, or config.json belongs to another model"
+        )
+    return model
 
 
 def _explain(error: Exception, path: str, what: str) -> str:
@@ -294,12 +303,19 @@ def _attach(model: PreTrainedModel, adapter_folder: Path, base_path: str, *, tra
         with warnings.catch_warnings():
             # PEFT only warns when the file lacks tensors, and the adapter would then be half random
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            return PeftModel.from_pretrained(model, str(adapter_folder), is_trainable=trainable)
+            adapted = PeftModel.from_pretrained(model, str(adapter_folder), is_trainable=trainable)
+        # PEFT says nothing about tensors that found no place
+        with safe_open(adapter_folder / "adapter_model.safetensors", framework="pt") as file:
+            stored = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118, not a mapping
+        spare = sorted(stored - get_peft_model_state_dict(adapted, save_embedding_layers=False).keys())
+        if spare:
+            raise ValueError(f"{len(spare)} tensors have no place in it, for example {spare[0]}")
     except (ValueError, RuntimeError, UserWarning, SafetensorError) as error:
         raise ModelLoadError(
             f"the adapter {str(adapter_folder)!r} does not fit the base {base_path!r}: was it trained on "
             f"another model? [{type(error).__name__}: {' '.join(str(error).split())[:400]}]"
         ) from error
+    return adapted
 
 
 def _load_tokenizer(config: ModelConfig, places: list[str]) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.config.schema import AdapterConfig, ModelConfig
@@ -232,6 +233,15 @@ def test_truncated_weights(checkpoint):
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ModelLoadError, match="damaged or cut short"):
+        load(checkpoint)
+
+
+def test_weights_that_are_missing_are_not_made_up(checkpoint):
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"lacks 1 weights .*model\.layers\.1\.mlp\.up_proj\.weight"):
         load(checkpoint)
 
 
