@@ -228,7 +228,7 @@ def _from_pretrained(config: ModelConfig) -> PreTrainedModel:
         {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             revision=config.revision,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
@@ -239,12 +239,13 @@ def _from_pretrained(config: ModelConfig) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ModelLoadError(_explain(error, path, "model")) from error
+    model, info = loaded
     if info["missing_keys"]:
         # transformers fills them with random numbers and goes on
         names = sorted(info["missing_keys"])
         raise ModelLoadError(
-            f"{path!r} lacks {len(names)} weights of a {type(model).__name__}, for example {names[0]}: the save was "
-            "incomplete, or config.json belongs to another model"
+            f"{path!r} lacks {len(names)} weights of a {type(model).__name__}, for example {names[0]}: "
+            f"the save was incomplete, or config.json belongs to another model"
         )
     return model
 

@@ -161,7 +161,7 @@ def test_damaged_adapter(adapter):
     folder, _ = adapter
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ModelLoadError, match="does not fit the base|damaged"):
+    with pytest.raises(ModelLoadError, match="does not fit the base"):
         load_for_evaluation(folder)
 
 
