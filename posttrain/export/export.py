@@ -33,6 +33,7 @@ from posttrain.export.verify import (
     weights_fingerprint,
 )
 from posttrain.models.load import ADAPTER_CONFIG, BUNDLED_BASE
+from posttrain.run.directory import RunDirectory
 
 MARKER = "posttrain_export.json"
 """Written last: says that the folder is ours, was verified, and what its files' fingerprints are."""
@@ -95,7 +96,8 @@ def export_model(
         probe_texts: Texts whose logits are compared, besides ids spread over the vocabulary.
         base_path: Hub id or folder of an adapter's base; what the base model remembers when None.
         bundle_base: Save the base in ``out_dir/base``, so that the export can be moved or pushed on its own.
-            None: only when the base has no address, because it was built in memory.
+            None: when the base has no address because it was built in memory, or the run that is exported
+            made it itself (a warm start).
         overwrite: Replace a folder that is not an export of ours; its content is kept in ``NAME.old``.
 
     Raises:
@@ -244,8 +246,12 @@ def _base_address(model: PeftModel, base_path: str | None) -> str | None:
 
 
 def _needs_bundle(base: str | None, target: Path) -> bool:
-    # a base inside the target (an earlier export's) is about to be replaced
-    return base is None or Path(base).is_relative_to(target)
+    if base is None:
+        return True
+    # a base inside the target (an earlier export's) is about to be replaced; one that the same run made (its
+    # warm start) is known to nobody else
+    run = RunDirectory(target.parent)
+    return Path(base).is_relative_to(target) or (run.config.is_file() and Path(base).is_relative_to(run.root))
 
 
 def _dtype(model: _Model) -> torch.dtype:

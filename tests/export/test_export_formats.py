@@ -105,6 +105,15 @@ def test_base_with_an_address_is_not_copied_and_auto_classes_find_it(tokenizer, 
     torch.testing.assert_close(logits(again, IDS)[0], logits(model, IDS)[0], rtol=0, atol=0)
 
 
+def test_base_made_by_the_same_run_is_bundled(tokenizer, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "run/warm_start/model")
+    model = trained_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "run/warm_start/model"))
+    assert not export_model(model, tokenizer, tmp_path / "run/no-run-yet").base_bundled
+    (tmp_path / "run/config.yaml").write_text("task: rlvr\n")
+    assert export_model(model, tokenizer, tmp_path / "run/export").base_bundled
+    assert not export_model(model, tokenizer, tmp_path / "elsewhere").base_bundled
+
+
 def test_bundled_export_can_be_moved(tokenizer, tmp_path):
     model = trained_adapter(tiny_llama())
     export_model(model, tokenizer, tmp_path / "out")
