@@ -20,6 +20,7 @@ VERIFIERS = {
     "math": "posttrain.rewards.math",
     "expression": "posttrain.rewards.expression",
     "format": "posttrain.rewards.format",
+    "word_list": "posttrain.rewards.word_list",
 }
 """Name to module. A module has ``verify(completion, row, **params)``, ``columns(**params)`` and perhaps
 ``prepare(**params)`` (imports and checks, once per process) and ``optional_columns(**params)``."""
@@ -72,23 +73,44 @@ def check(spec: VerifierSpec) -> None:
             f"unknown verifier {spec.name!r}{_nearest(spec.name, VERIFIERS)}; known are {known} and "
             "python:package.module.function"
         )
+    problems = _parameter_problems(spec)
+    if problems:
+        raise ParameterError(spec.name, problems)
+
+
+class ParameterError(ValueError):
+    """Parameters that a verifier does not take, all of them.
+
+    Attributes:
+        problems: (parameter, message) pairs.
+    """
+
+    def __init__(self, verifier: str, problems: list[tuple[str, str]]) -> None:
+        self.problems = problems
+        super().__init__(f"verifier {verifier!r}: " + "; ".join(message for _, message in problems))
+
+
+def _parameter_problems(spec: VerifierSpec) -> list[tuple[str, str]]:
     fields = _fields(_module(spec.name).verify)
-    for name in spec.params:
-        if name not in fields:
-            known = ", ".join(fields) or "none"
-            raise ValueError(
-                f"verifier {spec.name!r} has no parameter {name!r}{_nearest(name, fields)}; it has: {known}"
-            )
+    known = ", ".join(fields) or "none"
+    problems = [
+        (name, f"there is no parameter {name!r}{_nearest(name, fields)}; there are: {known}")
+        for name in spec.params
+        if name not in fields
+    ]
     model: Any = create_model(
         "Params", __config__=ConfigDict(strict=True), **typing.cast(dict[str, Any], fields)
     )
     try:
-        model(**spec.params)
+        model(**{name: value for name, value in spec.params.items() if name in fields})
     except ValidationError as error:
-        problems = "; ".join(
-            f"{item['loc'][0]}: {item['msg']}, found {item['input']!r}" for item in error.errors()
-        )
-        raise ValueError(f"verifier {spec.name!r}: {problems}") from None
+        for item in error.errors():
+            name = str(item["loc"][0])
+            if item["type"] == "missing":
+                problems.append((name, f"parameter {name!r} is needed"))
+            else:
+                problems.append((name, f"{name}: {item['msg']}, found {item['input']!r}"))
+    return problems
 
 
 def resolve(spec: VerifierSpec) -> Callable[[Any, dict[str, Any]], Verdict]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import DataConfig, RewardConfig
 from posttrain.rewards.pool import VerifierPool
-from posttrain.rewards.registry import FUNCTION_PREFIX, VERIFIERS, VerifierSpec, check
+from posttrain.rewards.registry import FUNCTION_PREFIX, VERIFIERS, ParameterError, VerifierSpec, check
 from posttrain.rewards.verdict import STATUSES, Verdict
 
 if TYPE_CHECKING:
@@ -163,14 +163,14 @@ def verifier_spec(config: RewardConfig, data: DataConfig) -> tuple[VerifierSpec,
     """Return what a reward entry means for a data source, and the memory limit in GiB. Starts nothing.
 
     Raises:
-        ValueError: ``verifier`` for a source that has none, or wrong parameters.
+        ValueError: ``verifier`` for a source that has none.
+        ParameterError: Parameters it does not take, all of them.
     """
     params = dict(config.params)
+    problems: list[tuple[str, str]] = []
     memory = params.pop("memory_gib", DEFAULT_MEMORY_GIB)
     if memory is not None and not (isinstance(memory, (int, float)) and memory > 0):
-        raise ValueError(
-            f"reward {config.name!r}: params.memory_gib must be a number > 0 or null, found {memory!r}"
-        )
+        problems.append(("memory_gib", f"memory_gib must be a number > 0 or null, found {memory!r}"))
     name = config.name
     if name in ("verifier", "reasoning_gym"):
         if not data.source.startswith(GENERATED):
@@ -182,13 +182,16 @@ def verifier_spec(config: RewardConfig, data: DataConfig) -> tuple[VerifierSpec,
             )
         name = "reasoning_gym"
         for taken in ("task", "task_params"):
-            if taken in params:
-                raise ValueError(
-                    f"reward {config.name!r}: {taken!r} comes from data.source and data.params, remove it"
-                )
+            if params.pop(taken, None) is not None:
+                problems.append((taken, f"{taken!r} comes from data.source and data.params, remove it"))
         params |= {"task": data.source.removeprefix(GENERATED), "task_params": data.params}
     spec = VerifierSpec(name, params)
-    check(spec)
+    try:
+        check(spec)
+    except ParameterError as error:
+        problems += error.problems
+    if problems:
+        raise ParameterError(config.name, problems)
     return spec, memory
 
 

@@ -233,7 +233,7 @@ def test_workers_die_when_the_parent_is_killed(misbehave, tmp_path, text):
 
         class Telling(VerifierPool):
             def _wait(self, now):
-                if self._slots[0].inflight:
+                if self._slots[0].started is not None:
                     print(self._slots[0].process.pid, flush=True)
                 return super()._wait(now)
 
@@ -246,6 +246,8 @@ def test_workers_die_when_the_parent_is_killed(misbehave, tmp_path, text):
     worker = int(parent.stdout.readline())
     if text == "pid":
         assert int(wait_text(tmp_path / "pid")) == worker
+    else:
+        time.sleep(0.3)  # let it get from the start mark into the regular expression
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
