@@ -140,7 +140,7 @@ def test_names_are_unique():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "verifier"}, "Choose one of expression, format, math or python:"),
+        ({"name": "verifier"}, "Choose one of expression, format, math, word_list or python:"),
         ({"name": "format", "params": {"memory_gib": 0}}, "memory_gib must be"),
         ({"name": "forrmat"}, "did you mean 'format'"),
         ({"name": "math", "params": {"gold": 1}}, "gold: Input should be a valid string"),
