@@ -191,8 +191,8 @@ def _looks_local(name: str) -> bool:
 
 
 def check_reward(reward: RewardConfig, data: DataConfig, index: int) -> Iterator[Problem]:
-    """Yield what is wrong with one reward: its name, then its parameters one by one."""
-    from posttrain.rewards.registry import VERIFIERS
+    """Yield what is wrong with one reward: its name and all its parameters."""
+    from posttrain.rewards.registry import VERIFIERS, ParameterError
     from posttrain.rewards.reward import verifier_spec
 
     path: KeyPath = ("rewards", index)
@@ -209,19 +209,13 @@ def check_reward(reward: RewardConfig, data: DataConfig, index: int) -> Iterator
             suggestion=f"did you mean {near!r}?" if near else None,
         )
         return
-    wrong = False
-    # the verifier checks its own parameters and stops at the first: ask for each alone, then for all together
-    for params in ({}, *({name: value} for name, value in reward.params.items()), reward.params):
-        if wrong and params is reward.params:
-            break
-        try:
-            verifier_spec(reward.model_copy(update={"params": params}), data)
-        except ValueError as error:
-            wrong = True
-            name = next(iter(params), None)
-            yield Problem(str(error), (*path, "params", name) if name else (*path, "name"))
-            if not params:
-                break
+    try:
+        verifier_spec(reward, data)
+    except ParameterError as error:
+        for name, message in error.problems:
+            yield Problem(message, (*path, "params", name) if name in reward.params else (*path, "name"))
+    except ValueError as error:
+        yield Problem(str(error), (*path, "name"))
     pattern = reward.params.get("pattern")
     if reward.name == "format" and isinstance(pattern, str):
         yield from _pattern_problems(pattern, (*path, "params", "pattern"))
