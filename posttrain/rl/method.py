@@ -7,10 +7,12 @@ read without importing torch. Stages, in order; each has a default that does not
 =============  ===========================  ====================================================
 stage          when                         hook
 =============  ===========================  ====================================================
-reward         once per generation batch    :meth:`Method.rewards`
+reward         once per generation batch    :meth:`Method.label`, then :meth:`Method.rewards`
+rows           once per generation batch    :meth:`Method.keep_rows`
 advantage      once per generation batch    :meth:`Method.advantages`
+token mask     every micro-step             :meth:`Method.token_mask`
 token weight   every micro-step             :meth:`Method.token_weights`
-token penalty  every micro-step             :meth:`Method.token_penalty`
+token penalty  every micro-step             :meth:`Method.token_penalty`, :meth:`Method.mean_penalty`
 optimiser      once per optimiser step      :meth:`Method.optimizer_step`
 =============  ===========================  ====================================================
 
@@ -20,7 +22,7 @@ its ``name``. Nothing else changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -46,13 +48,17 @@ class Setup:
         trainer: Every field of the TRL configuration with its value (defaults filled in).
         methods: Names of all methods of the run, in order.
         adapter: Whether a PEFT adapter is trained.
-        task: ``"rlvr"`` in a config run, or None when the trainer is built in Python.
+        task: ``"rlvr"`` or ``"ttrl"`` in a config run, or None when the trainer is built in Python.
+        rewards: Number of reward functions, or None when it is not known yet.
+        ranks: Number of training processes of this launch.
     """
 
     trainer: Mapping[str, Any]
     methods: tuple[str, ...] = ()
     adapter: bool = False
     task: str | None = None
+    rewards: int | None = None
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,31 @@ class Conflict:
     message: str
     field: str | None = None
     fatal: bool = True
+
+
+@dataclass
+class Samples:
+    """What the policy wrote, in the reward stage: the B rows of this rank. Data columns are not in it.
+
+    Attributes:
+        completions: Texts, or lists of messages.
+        truncated: Per row, whether it was cut at the length limit.
+        group_size: Completions per prompt; groups are contiguous over the rows of all ranks in rank order.
+        mask_truncated: Whether the loss leaves truncated rows out (``mask_truncated_completions``).
+        rank: Number of this process.
+        ranks: Number of processes.
+        gather: Collective: turns this rank's list into the concatenation over all ranks, in rank order.
+        gauges: Where a method logs numbers.
+    """
+
+    completions: Sequence[Any]
+    truncated: Sequence[bool]
+    group_size: int
+    gauges: Gauges
+    mask_truncated: bool = False
+    rank: int = 0
+    ranks: int = 1
+    gather: Callable[[list[Any]], list[Any]] = list
 
 
 @dataclass
@@ -110,6 +141,8 @@ class Tokens:
         reward: (B,) weighted reward of each row.
         tied: (B,) bool, all rewards of the row's group are equal.
         mask: (B, C), 1 on tokens written by the model.
+        focus: (B, C) bool, tokens that every method's :meth:`Method.token_mask` kept, or None when no method
+            has one.
         carry: What :attr:`Rollout.carry` held for these rows.
         gauges: Where a method logs numbers.
     """
@@ -124,6 +157,7 @@ class Tokens:
     mask: torch.Tensor
     gauges: Gauges
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
+    focus: torch.Tensor | None = None
 
 
 class Method(BaseModel):
@@ -154,13 +188,42 @@ class Method(BaseModel):
         del setup
         return iter(())
 
+    def label(self, rewards: torch.Tensor, samples: Samples) -> torch.Tensor:
+        """Return the gathered (rows of all ranks, reward functions) matrix, made from what was written.
+
+        Called in training only, with the verifiers' matrix.
+        """
+        del samples
+        return rewards
+
     def rewards(self, rewards: torch.Tensor) -> torch.Tensor:
         """Reshape the gathered (completions of all ranks x reward functions) matrix."""
         return rewards
 
+    def keep_rows(self, rewards: torch.Tensor) -> torch.Tensor | None:
+        """Return which rows train, (groups, group size) bool, the same number in every group; None for all.
+
+        Args:
+            rewards: (groups, group size, functions) of all ranks; must return the same on every rank.
+
+        Advantages and the number of active tokens are computed again on the rows that stay. Called in
+        training only.
+        """
+        del rewards
+        return None
+
     def advantages(self, rollout: Rollout) -> torch.Tensor:
         """Return the advantages to use, (B,) or (B, C)."""
         return rollout.advantages
+
+    def token_mask(self, tokens: Tokens) -> torch.Tensor | None:
+        """Return the tokens that train, (B, C) bool, or None for all.
+
+        The policy term and TRL's own KL term (``beta``) are exactly zero elsewhere, in value and gradient;
+        the divisor does not change. Penalties of other methods find the result in :attr:`Tokens.focus`.
+        """
+        del tokens
+        return None
 
     def token_weights(self, tokens: Tokens) -> torch.Tensor | None:
         """Return non-negative factors of the policy term, (B, 1) or (B, C), or None for all ones."""
@@ -168,7 +231,12 @@ class Method(BaseModel):
         return None
 
     def token_penalty(self, tokens: Tokens) -> torch.Tensor | None:
-        """Return a (B, C) term to add to the per-token loss, or None. It gets the divisor of the base loss."""
+        """Return a (B, C) term to add to the per-token loss, or None; it gets the divisor of the base loss."""
+        del tokens
+        return None
+
+    def mean_penalty(self, tokens: Tokens) -> torch.Tensor | None:
+        """Return a 0-dim mean to add to the loss, or None; it is divided by gradient accumulation only."""
         del tokens
         return None
 

@@ -11,6 +11,8 @@ seam                                    what is relied on
 ``_generate_and_score_completions``     row-shaped tensors in its dict reach the loss
 ``_get_per_token_logps_and_entropies``  is called first in the loss, with gradient
 ``_compute_loss``                       reads ``inputs["advantages"]`` after that call; (B, C) is allowed
+``_compute_loss``                       reads ``inputs["ref_per_token_logps"]`` after that call
+advantages                              :func:`group_advantages` reproduces them
 divisors                                :func:`aggregate` reproduces each ``loss_type``'s
 ``_get_train_sampler``                  a RepeatSampler with its own generator
 ``_logs``                               the latest prompts, completions, rewards and advantages
@@ -35,6 +37,7 @@ from trl.trainer.utils import (
     create_model_from_path,
     disable_dropout_in_model,
     get_config_model_id,
+    nanstd,
     use_adapter,
 )
 
@@ -89,6 +92,42 @@ def aggregate(
     raise ValueError(f"no divisor is known for loss_type={loss_type!r}")
 
 
+def group_advantages(
+    rewards: torch.Tensor,
+    weights: torch.Tensor,
+    group_size: int,
+    *,
+    scale: str = "group",
+    aggregation: str = "sum_then_normalize",
+) -> torch.Tensor:
+    """Return TRL's advantages for groups of any size (TRL knows only ``num_generations``).
+
+    Args:
+        rewards: (N, F) of all ranks, whole groups one after the other, NaN where a function does not apply.
+        weights: (F,) weights of the functions.
+        group_size: Rows per group.
+        scale: ``scale_rewards`` of the configuration: ``group``, ``batch`` or ``none``.
+        aggregation: ``multi_objective_aggregation`` of the configuration.
+
+    Returns:
+        (N,); 0 for a row without any reward, which does not count in its group's mean and deviation either.
+    """
+    unscored = rewards.isnan().all(dim=1)
+    if aggregation == "normalize_then_sum":
+        grouped = rewards.view(-1, group_size, rewards.size(1))
+        spread = nanstd(grouped, dim=1, keepdim=True) + 1e-4
+        normal = (grouped - grouped.nanmean(dim=1, keepdim=True)) / spread
+        # what follows is then one group: the whole batch
+        rewards, scale, group_size = normal.view_as(rewards), "batch", rewards.size(0)
+    total = (rewards * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
+    grouped = total.view(-1, group_size)
+    centred = grouped - grouped.nanmean(dim=1, keepdim=True)
+    if scale != "none":
+        deviation = nanstd(grouped, dim=1, keepdim=True) if scale == "group" else nanstd(total)
+        centred = centred / (deviation + 1e-4)
+    return centred.flatten().nan_to_num(nan=0.0)
+
+
 class EpochRepeatSampler(RepeatSampler):
     """TRL's sampler whose order depends on (seed, epoch) alone, so that a resumed run sees the same rows.
 
@@ -115,6 +154,7 @@ class GRPOSeams(TRLGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._open_batch: dict[str, Any] | None = None
         self._gathered_rewards: torch.Tensor | None = None
+        self._scored: tuple[Any, Any] = ([], [])
         self._own_reference: torch.nn.Module | None = None
         super().__init__(*args, **kwargs)
         if self.wants_reference and self.beta == 0.0:
@@ -143,8 +183,11 @@ class GRPOSeams(TRLGRPOTrainer):
 
     # ---- seams ------------------------------------------------------------------------------------------
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Any:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._scored = (completions, completion_ids_list)
         self._gathered_rewards = self.on_rewards(rewards)
         return self._gathered_rewards
 
@@ -204,21 +247,68 @@ class GRPOSeams(TRLGRPOTrainer):
 
     def aggregate(self, values: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Reduce a (B, C) term with the divisor this run's loss uses for ``batch``."""
-        training = self.mode == "train"
-        accumulation = self.current_gradient_accumulation_steps if training else 1.0
         items = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if training:
-            items = items * accumulation / self.args.steps_per_generation
+        if self.mode == "train":
+            items = items * self.accumulation / self.args.steps_per_generation
         return aggregate(
             values,
             self.loss_mask(batch),
             self.loss_type,
-            accumulation=accumulation,
+            accumulation=self.accumulation,
             max_completion_length=self.max_completion_length,
             items=items,
         )
 
-    def group_rewards(self, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def accumulation(self) -> float:
+        """Micro-steps of the current optimiser step, the divisor of every mean; 1 in evaluation."""
+        return self.current_gradient_accumulation_steps if self.mode == "train" else 1.0
+
+    def scored_completions(self) -> tuple[list[Any], list[bool]]:
+        """Return this rank's completions in the reward stage, and which of them were cut at the limit."""
+        completions, ids = self._scored
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        return list(completions), [not row or row[-1] not in ends for row in ids]
+
+    def select_rows(self, batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+        """Return a generation batch with some of this rank's rows, and the number of active tokens to match.
+
+        Args:
+            batch: What ``_generate_and_score_completions`` returned.
+            rows: (n,) indices; the same number on every rank. Collective.
+
+        Raises:
+            ValueError: The batch holds images, whose tensors are not row-shaped.
+        """
+        if "num_images" in batch or "pixel_values" in batch:
+            raise ValueError("rows of a generation batch with images cannot be taken out: train text only")
+        chosen = {
+            key: value[rows.to(value.device)] if isinstance(value, torch.Tensor) and value.dim() else value
+            for key, value in batch.items()
+        }
+        chosen["num_items_in_batch"] = self.accelerator.gather(self.loss_mask(chosen).sum()).sum()
+        return chosen
+
+    def advantages_of(self, rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+        """Return the advantages of a gathered (rows, functions) matrix under this run's settings."""
+        return group_advantages(
+            rewards,
+            self.reward_weights.to(rewards.device),
+            group_size,
+            scale=self.scale_rewards,
+            aggregation=self.multi_objective_aggregation,
+        )
+
+    def log_advantages(self, advantages: torch.Tensor) -> None:
+        """Correct the advantages of the latest generation batch (all ranks) in the table of completions."""
+        log = self._logs["advantages"]
+        for _ in range(min(len(log), advantages.numel())):
+            log.pop()
+        log.extend(advantages.tolist())
+
+    def group_rewards(
+        self, rewards: torch.Tensor, group_size: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return this rank's (reward, tied) from the gathered (rows, functions) matrix.
 
         ``reward`` is TRL's weighted sum, NaN for a row that no function scored. ``tied`` tells whether all
@@ -229,10 +319,11 @@ class GRPOSeams(TRLGRPOTrainer):
         reward = (rewards * weights).nansum(dim=1)
         reward[torch.isnan(rewards).all(dim=1)] = torch.nan
         columns = rewards if self.multi_objective_aggregation == "normalize_then_sum" else reward.unsqueeze(1)
-        grouped = columns.view(-1, self.group_size, columns.size(1))
+        group_size = group_size or self.group_size
+        grouped = columns.view(-1, group_size, columns.size(1))
         low = torch.where(grouped.isnan(), torch.inf, grouped).amin(dim=1)
         high = torch.where(grouped.isnan(), -torch.inf, grouped).amax(dim=1)
-        tied = (low >= high).all(dim=1).repeat_interleave(self.group_size)
+        tied = (low >= high).all(dim=1).repeat_interleave(group_size)
         rows = rewards.size(0) // self.accelerator.num_processes
         local = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         return reward[local], tied[local]

@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from trl import GRPOConfig
 
 from posttrain.checkpointing.resume import ExactResume
 from posttrain.guards import FiniteGuard
 from posttrain.rl.gauges import Gauges
-from posttrain.rl.method import Conflict, Method, Need, Rollout, Setup, Tokens
+from posttrain.rl.method import Conflict, Method, Need, Rollout, Samples, Setup, Tokens
 from posttrain.rl.seams import GRPOSeams
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         model = args[0] if args else kwargs.get("model")
         config = kwargs.get("args") or next((arg for arg in args if isinstance(arg, GRPOConfig)), None)
         adapter = isinstance(model, PeftModel) or kwargs.get("peft_config") is not None
-        check_methods(self.methods, config, adapter=adapter)
+        functions = kwargs.get("reward_funcs", args[1] if len(args) > 1 else None)
+        check_methods(self.methods, config, adapter=adapter, rewards=_count(functions))
         self.hooked = bool(self._active)
         self.wants_reference = self._anyone_needs("ref_logps")
         self._adapter_is_pretrained = isinstance(model, PeftModel)
@@ -65,12 +67,65 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
     def on_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
         rewards = self.drop_failed_rows(rewards)
         self.refuse_infinite_rewards(rewards)
+        if self._active and self.mode == "train":
+            rewards = self._labelled(rewards)
         for method in self._active:
             rewards = method.rewards(rewards)
         return rewards
 
+    def _labelled(self, rewards: torch.Tensor) -> torch.Tensor:
+        completions, truncated = self.scored_completions()
+        samples = Samples(
+            completions=completions,
+            truncated=truncated,
+            group_size=self.group_size,
+            mask_truncated=self.mask_truncated_completions,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+            gather=gather_object,
+            gauges=self._gauges,
+        )
+        for method in self._active:
+            self._gauges.enter(method.name)
+            rewards = method.label(rewards, samples)
+        return rewards
+
+    def _keep_rows(
+        self, batch: dict[str, Any], rewards: torch.Tensor
+    ) -> tuple[dict[str, Any], torch.Tensor, int]:
+        """Return the batch and the gathered rewards with the rows that train, and the size of their groups.
+
+        Raises:
+            ValueError: The rows that stay cannot be dealt out evenly over ranks and micro-steps.
+        """
+        size = self.group_size
+        wanted = (method.keep_rows(rewards.view(-1, size, rewards.size(1))) for method in self._active)
+        masks = [mask for mask in wanted if mask is not None]
+        if not masks:
+            return batch, rewards, size
+        kept = torch.stack(masks).all(dim=0)
+        flat = kept.flatten()
+        ranks, steps = self.accelerator.num_processes, self.args.steps_per_generation
+        counts, per_rank = kept.sum(dim=1).tolist(), flat.view(ranks, -1).sum(dim=1).tolist()
+        if len(set(counts)) > 1 or len(set(per_rank)) > 1 or per_rank[0] == 0 or per_rank[0] % steps:
+            raise ValueError(
+                "the rows that stay must be equally many in every group and on every rank, and a multiple of "
+                f"steps_per_generation={steps}; found {sorted(set(counts))} per group and {per_rank} per rank. "
+                "Choose per_device_train_batch_size so that a rank holds whole groups and a micro-step an "
+                "equal share of each."
+            )
+        local = flat.view(ranks, -1)[self.accelerator.process_index].nonzero().flatten()
+        batch, rewards, size = self.select_rows(batch, local), rewards[flat], counts[0]
+        advantages = self.advantages_of(rewards, size)
+        self.log_advantages(torch.zeros_like(flat, dtype=advantages.dtype).masked_scatter(flat, advantages))
+        batch["advantages"] = advantages.view(ranks, -1)[self.accelerator.process_index]
+        return batch, rewards, size
+
     def on_rollout(self, batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
-        reward, tied = self.group_rewards(rewards)
+        size = self.group_size
+        if self.mode == "train":
+            batch, rewards, size = self._keep_rows(batch, rewards)
+        reward, tied = self.group_rewards(rewards, size)
         rows = batch["prompt_ids"].size(0)
         local = rewards[self.accelerator.process_index * rows :][:rows]
         rollout = Rollout(
@@ -107,6 +162,7 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
             gauges=self._gauges,
             carry={key.removeprefix(prefix): batch[key] for key in batch if key.startswith(prefix)},
         )
+        self._focus(batch)
         advantages = batch["advantages"]
         for method in self._active:
             self._gauges.enter(method.name)
@@ -116,12 +172,36 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
                 advantages = columns * weights.detach().to(columns.dtype)
         return advantages
 
+    def _focus(self, batch: dict[str, Any]) -> None:
+        """Restrict the policy term and TRL's KL term to the tokens that every method lets train."""
+        tokens = self._tokens
+        for method in self._active:
+            self._gauges.enter(method.name)
+            mask = method.token_mask(tokens)
+            if mask is not None:
+                tokens.focus = mask if tokens.focus is None else tokens.focus & mask
+        if tokens.focus is None:
+            return
+        advantages = batch["advantages"]
+        columns = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        batch["advantages"] = columns * tokens.focus
+        if self.beta != 0.0:
+            # where the reference equals the policy, the KL estimate is 0 and so is its derivative
+            live = tokens.logps.detach()
+            batch["ref_per_token_logps"] = torch.where(tokens.focus, batch["ref_per_token_logps"], live)
+
     def on_loss(self, loss: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         for method in self._active:
             self._gauges.enter(method.name)
             penalty = method.token_penalty(self._tokens)
             if penalty is not None:
+                if "importance_sampling_ratio" in batch:
+                    # rows or tokens that the correction for the sampler threw out do not count here either
+                    penalty = penalty.masked_fill(batch["importance_sampling_ratio"] == 0, 0.0)
                 loss = loss + self.aggregate(penalty, batch)
+            mean = method.mean_penalty(self._tokens)
+            if mean is not None:
+                loss = loss + mean / self.accumulation
         self._log_gauges()
         del self._tokens
         return loss
@@ -193,13 +273,23 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         super().load_extra_state(state)
 
 
-def check_methods(methods: Sequence[Method], config: GRPOConfig | None, *, adapter: bool) -> list[Conflict]:
+def _count(functions: Any) -> int | None:
+    """Return the number of reward functions as TRL takes them: one, a list, or None when unknown."""
+    if functions is None:
+        return None
+    return len(functions) if isinstance(functions, (list, tuple)) else 1
+
+
+def check_methods(
+    methods: Sequence[Method], config: GRPOConfig | None, *, adapter: bool, rewards: int | None = None
+) -> list[Conflict]:
     """Refuse method combinations that cannot work; warn about doubtful ones.
 
     Args:
         methods: The methods of the run.
         config: The TRL configuration, or None for its defaults.
         adapter: Whether a PEFT adapter is trained.
+        rewards: Number of reward functions, None when unknown.
 
     Returns:
         The warnings.
@@ -215,7 +305,13 @@ def check_methods(methods: Sequence[Method], config: GRPOConfig | None, *, adapt
     if twice:
         raise ValueError(f"each method may be given once, found {', '.join(twice)} more than once")
     fields = {name: field.default for name, field in GRPOConfig.__dataclass_fields__.items()}
-    setup = Setup(trainer=vars(config) if config is not None else fields, methods=names, adapter=adapter)
+    setup = Setup(
+        trainer=vars(config) if config is not None else fields,
+        methods=names,
+        adapter=adapter,
+        rewards=rewards,
+        ranks=config.world_size if config is not None else 1,
+    )
     conflicts = [conflict for method in methods for conflict in method.conflicts(setup)]
     fatal = [conflict.message for conflict in conflicts if conflict.fatal]
     if fatal:
