@@ -7,6 +7,8 @@ read without importing torch. Stages, in order; each has a default that does not
 =============  ===========================  ====================================================
 stage          when                         hook
 =============  ===========================  ====================================================
+scoring        once per generation batch,   :meth:`Method.score_old`
+               off-policy schedules only
 reward         once per generation batch    :meth:`Method.label`, then :meth:`Method.rewards`
 rows           once per generation batch    :meth:`Method.keep_rows`
 advantage      once per generation batch    :meth:`Method.advantages`
@@ -31,12 +33,17 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     import torch
 
+    from posttrain.kernels.head import Scored
     from posttrain.rl.gauges import Gauges
 
-Need = Literal["ref_logps"]
+Need = Literal["ref_logps", "old_logps", "head", "old_head"]
 """What the trainer can compute once for all methods that ask for it.
 
 ``ref_logps``: log-probabilities under the initial policy, whatever ``beta`` is.
+``old_logps``: :attr:`Rollout.old_logps` also on-policy, at the price of one forward per rollout.
+``head``: :attr:`Tokens.head`, what the training forward feeds to the LM head; no extra forward.
+``old_head``: the same for the policy that generated; no extra forward. Off-policy :meth:`Method.score_old` is
+called in the old log-prob pass; on-policy it is :attr:`Tokens.head`.
 """
 
 
@@ -111,10 +118,14 @@ class Rollout:
         tied: (B,) bool, the row's group has all rewards equal, so its advantage is zero by definition.
         advantages: (B,) or (B, C) as TRL computed them, then as earlier methods left them.
         mask: (B, C), 1 on tokens written by the model.
-        old_logps: (B, C) under the policy that generated, or None on-policy (equal to the live ones).
+        old_logps: (B, C) under the policy that generated; None on-policy (equal to the live ones) unless a
+            method needs them.
         ref_logps: (B, C) under the initial policy, or None when nobody needs them.
         carry: Row-shaped tensors a method wants back in the loss, by key; shuffled and split with the rows.
+            Starts with what :meth:`Method.score_old` returned.
         gauges: Where a method logs numbers.
+        gather: Collective: turns this rank's (B, C) floats into those of all ranks, in rank order; columns
+            that a rank does not have are NaN.
     """
 
     rewards: torch.Tensor
@@ -126,6 +137,7 @@ class Rollout:
     ref_logps: torch.Tensor | None
     gauges: Gauges
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
 
 
 @dataclass
@@ -143,6 +155,7 @@ class Tokens:
         mask: (B, C), 1 on tokens written by the model.
         focus: (B, C) bool, tokens that every method's :meth:`Method.token_mask` kept, or None when no method
             has one.
+        head: What the forward fed to the LM head, or None when nobody needs it.
         carry: What :attr:`Rollout.carry` held for these rows.
         gauges: Where a method logs numbers.
     """
@@ -158,6 +171,7 @@ class Tokens:
     gauges: Gauges
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
     focus: torch.Tensor | None = None
+    head: Scored | None = None
 
 
 class Method(BaseModel):
@@ -187,6 +201,15 @@ class Method(BaseModel):
         """Yield what in ``setup`` does not go with this method. Called before anything is loaded."""
         del setup
         return iter(())
+
+    def score_old(self, scored: Scored) -> dict[str, torch.Tensor]:
+        """Return (b, C) tensors for :attr:`Rollout.carry` from the LM head of the policy that generated.
+
+        Called without gradient for consecutive parts of the generation batch, when ``needs`` has ``old_head``
+        and the schedule is off-policy; on-policy the live head says the same.
+        """
+        del scored
+        return {}
 
     def label(self, rewards: torch.Tensor, samples: Samples) -> torch.Tensor:
         """Return the gathered (rows of all ranks, reward functions) matrix, made from what was written.

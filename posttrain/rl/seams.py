@@ -9,7 +9,9 @@ seam                                    what is relied on
 ======================================  =======================================================
 ``_calculate_rewards``                  returns the gathered (rows of all ranks, functions) matrix
 ``_generate_and_score_completions``     row-shaped tensors in its dict reach the loss
-``_get_per_token_logps_and_entropies``  is called first in the loss, with gradient
+``_get_per_token_logps_and_entropies``  is called first in the loss, with gradient; off-policy it is called
+                                        first in generation too, with the policy that generated
+fused LM head                           what the backbone returns goes through the head, nothing between
 ``_compute_loss``                       reads ``inputs["advantages"]`` after that call; (B, C) is allowed
 ``_compute_loss``                       reads ``inputs["ref_per_token_logps"]`` after that call
 advantages                              :func:`group_advantages` reproduces them
@@ -40,6 +42,8 @@ from trl.trainer.utils import (
     nanstd,
     use_adapter,
 )
+
+from posttrain.kernels.head import Scored, watch_head
 
 # What a forward needs beside ids and mask; present for multimodal models only.
 _FORWARD_KEYS = (
@@ -150,12 +154,21 @@ class GRPOSeams(TRLGRPOTrainer):
     hooked: bool = False
     #: Whether ``ref_per_token_logps`` must be in every batch, also with ``beta=0``.
     wants_reference: bool = False
+    #: Whether ``posttrain/old_logps`` must be in every on-policy batch.
+    wants_old_logps: bool = False
+    #: Whether :attr:`live_head` must be there in the loss.
+    wants_head: bool = False
+    #: The same for the policy that generated: off-policy :meth:`on_old_head` is called in its log-prob pass.
+    wants_old_head: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._open_batch: dict[str, Any] | None = None
         self._gathered_rewards: torch.Tensor | None = None
         self._scored: tuple[Any, Any] = ([], [])
         self._own_reference: torch.nn.Module | None = None
+        self._old_pass_is_next = False
+        self._old_statistics: dict[str, torch.Tensor] = {}
+        self.live_head: Scored | None = None
         super().__init__(*args, **kwargs)
         if self.wants_reference and self.beta == 0.0:
             self._build_reference()
@@ -176,6 +189,11 @@ class GRPOSeams(TRLGRPOTrainer):
         del logps, entropies
         return batch["advantages"]
 
+    def on_old_head(self, scored: Scored) -> dict[str, torch.Tensor]:
+        """Return (rows, C) tensors for the batch, from the LM head of the policy that generated."""
+        del scored
+        return {}
+
     def on_loss(self, loss: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Add to the loss of a micro-batch."""
         del batch
@@ -192,7 +210,12 @@ class GRPOSeams(TRLGRPOTrainer):
         return self._gathered_rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        self._old_pass_is_next, self._old_statistics = self.wants_old_head and self.off_policy, {}
         batch = super()._generate_and_score_completions(inputs)
+        batch.update(self._old_statistics)
+        if self.wants_old_logps and "old_per_token_logps" not in batch:
+            # under another name, so that TRL's own loss stays strictly on-policy
+            batch["posttrain/old_logps"] = self._logps_of_batch(self.model, batch)
         if self.wants_reference and "ref_per_token_logps" not in batch:
             batch["ref_per_token_logps"] = self._reference_logps(batch)
         if self.hooked:
@@ -201,7 +224,8 @@ class GRPOSeams(TRLGRPOTrainer):
         return batch
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        with self._watching(model, *args[:3]):
+            result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if self._open_batch is not None:
             logps, entropies, _ = result
             self._open_batch["advantages"] = self.on_tokens(self._open_batch, logps, entropies)
@@ -215,7 +239,37 @@ class GRPOSeams(TRLGRPOTrainer):
             loss = super()._compute_loss(model, self._open_batch)
             return self.on_loss(loss, self._open_batch)
         finally:
-            self._open_batch = None
+            self._open_batch = self.live_head = None
+
+    @contextlib.contextmanager
+    def _watching(
+        self, model: Any, input_ids: torch.Tensor, mask: torch.Tensor, columns: int
+    ) -> Iterator[None]:
+        """Pick up what goes into the LM head in the loss and in the old log-prob pass, if somebody asked."""
+        in_loss = self._open_batch is not None
+        wanted = self.wants_head or (self.wants_old_head and not self.off_policy)
+        if not (wanted if in_loss else self._old_pass_is_next):
+            yield
+            return
+        self._old_pass_is_next = False
+        seen: list[Scored] = []
+        parts: list[dict[str, torch.Tensor]] = []
+        policy = self.accelerator.unwrap_model(model)
+        policy = policy.get_base_model() if is_peft_model(policy) else policy
+
+        def receive(scored: Scored) -> None:
+            if in_loss:
+                seen.append(scored)
+            else:
+                # at once, so that the hidden states of a whole generation batch are never held
+                parts.append(self.on_old_head(scored))
+
+        with watch_head(policy, input_ids, mask, columns, receive, temperature=self.temperature):
+            yield
+        if in_loss:
+            (self.live_head,) = seen
+        else:
+            self._old_statistics = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         upstream = super()._get_train_sampler(dataset)
@@ -234,6 +288,12 @@ class GRPOSeams(TRLGRPOTrainer):
     def mode(self) -> str:
         """``"train"`` or ``"eval"``, as TRL decides it."""
         return "train" if self.model.training else "eval"
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether rollouts are used after the policy has moved, so that TRL keeps old log-probs."""
+        every = self.args.steps_per_generation * self.num_iterations
+        return self.args.gradient_accumulation_steps % every != 0
 
     @property
     def group_size(self) -> int:
@@ -393,15 +453,19 @@ class GRPOSeams(TRLGRPOTrainer):
 
     def _reference_logps(self, batch: dict[str, Any]) -> torch.Tensor:
         """(B, C) log-probabilities of a generation batch under the initial policy."""
+        with self._reference_model() as reference:
+            return self._logps_of_batch(reference, batch)
+
+    def _logps_of_batch(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        """(B, C) log-probabilities of a generation batch under ``model``, without gradient."""
         training = self.mode == "train"
         size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            self._reference_model() as reference,
         ):
             logps, _, _ = self._get_per_token_logps_and_entropies(
-                reference,
+                model,
                 torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
                 torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
                 batch["completion_ids"].size(1),

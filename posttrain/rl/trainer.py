@@ -22,6 +22,7 @@ from trl import GRPOConfig
 
 from posttrain.checkpointing.resume import ExactResume
 from posttrain.guards import FiniteGuard
+from posttrain.kernels.head import Scored
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import Conflict, Method, Need, Rollout, Samples, Setup, Tokens
 from posttrain.rl.seams import GRPOSeams
@@ -55,6 +56,9 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         check_methods(self.methods, config, adapter=adapter, rewards=_count(functions))
         self.hooked = bool(self._active)
         self.wants_reference = self._anyone_needs("ref_logps")
+        self.wants_old_logps = self._anyone_needs("old_logps")
+        self.wants_head = self._anyone_needs("head")
+        self.wants_old_head = self._anyone_needs("old_head")
         self._adapter_is_pretrained = isinstance(model, PeftModel)
         self._gauges = Gauges()
         super().__init__(*args, **kwargs)
@@ -63,6 +67,10 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         return any(need in method.needs for method in self._active)
 
     # ---- stages -----------------------------------------------------------------------------------------
+
+    def on_old_head(self, scored: Scored) -> dict[str, torch.Tensor]:
+        carried = [method.score_old(scored) for method in self._active]
+        return {f"{_CARRY}carry/{key}": value for values in carried for key, value in values.items()}
 
     def on_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
         rewards = self.drop_failed_rows(rewards)
@@ -134,9 +142,11 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
             tied=tied,
             advantages=batch["advantages"],
             mask=self.loss_mask(batch),
-            old_logps=batch.get("old_per_token_logps"),
+            old_logps=batch.get("old_per_token_logps", batch.pop(f"{_CARRY}old_logps", None)),
             ref_logps=batch.get("ref_per_token_logps"),
             gauges=self._gauges,
+            carry=_carried(batch),
+            gather=self._gather_rows,
         )
         for method in self._active:
             self._gauges.enter(method.name)
@@ -149,7 +159,6 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
 
     def on_tokens(self, batch: dict[str, Any], logps: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
         old_logps = batch.get("old_per_token_logps")
-        prefix = f"{_CARRY}carry/"
         self._tokens = Tokens(
             logps=logps,
             entropies=entropies,
@@ -160,7 +169,8 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
             tied=batch[f"{_CARRY}tied"],
             mask=self.loss_mask(batch),
             gauges=self._gauges,
-            carry={key.removeprefix(prefix): batch[key] for key in batch if key.startswith(prefix)},
+            carry=_carried(batch),
+            head=self.live_head,
         )
         self._focus(batch)
         advantages = batch["advantages"]
@@ -205,6 +215,11 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         self._log_gauges()
         del self._tokens
         return loss
+
+    def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
+        # ranks may hold completions of different lengths
+        padded = self.accelerator.pad_across_processes(values, dim=1, pad_index=torch.nan)
+        return self.accelerator.gather(padded)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -271,6 +286,12 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         for method in self.methods:
             method.load_state_dict(saved[method.name])
         super().load_extra_state(state)
+
+
+def _carried(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return what methods carry from the rollout to the loss, by their own keys."""
+    prefix = f"{_CARRY}carry/"
+    return {key.removeprefix(prefix): batch[key] for key in batch if key.startswith(prefix)}
 
 
 def _count(functions: Any) -> int | None:

@@ -1,0 +1,174 @@
+"""The LM head of a model, and watching what goes into it during a forward that happens anyway."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from posttrain.kernels.statistics import TILE, TokenStatistics, token_statistics
+
+# Names under which configurations of transformers keep a factor of the logits.
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+def logit_scale_of(config: Any) -> float:
+    """Return the factor that a model of this configuration puts on its logits; 1.0 for most.
+
+    Cohere, Muse Glimmer and Falcon-H1 multiply, Granite and MiniCPM3 divide by ``logits_scaling``,
+    HyperCLOVA X multiplies by it.
+    """
+    text = config.get_text_config()
+    for name in _MULTIPLIERS:
+        factor = getattr(text, name, None)
+        if factor is not None:
+            return float(factor)
+    scaling = getattr(text, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if text.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """How a model turns hidden states into next-token distributions.
+
+    Attributes:
+        module: The output embedding, with ``weight`` (V, H) and maybe ``bias`` (V,); looked up again on every
+            use, so that it may be sharded in between.
+        temperature: Divides the logits.
+        logit_scale: Multiplies them.
+        softcap: Bound of the final soft-capping, or None.
+    """
+
+    module: torch.nn.Module
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: Any, temperature: float = 1.0) -> LMHead:
+        """Return the head of a transformers causal language model."""
+        config = model.config
+        softcap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+        return cls(model.get_output_embeddings(), temperature, logit_scale_of(config), softcap)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Yield (weight, bias) in full, also where they are sharded (DeepSpeed ZeRO-3, FSDP2).
+
+        Under sharding this is a collective: every rank has to enter it equally often.
+        """
+        weight, bias = self.module.weight, getattr(self.module, "bias", None)
+        if hasattr(weight, "ds_status"):
+            import deepspeed
+            from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+            # with tied embeddings the weight may be there already, and must then be left to its owner
+            missing = [
+                p for p in (weight, bias) if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE
+            ]
+            with deepspeed.zero.GatheredParameters(missing) if missing else contextlib.nullcontext():
+                yield weight, bias
+            return
+        full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in (weight, bias)]
+        yield full[0], full[1]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Hidden states that scored C completion tokens of B rows, with the head they go through.
+
+    Attributes:
+        head: The LM head.
+        hidden: (B, C, H); ``hidden[i, t]`` predicts ``ids[i, t]``. Carries gradient in a training forward.
+        ids: (B, C) token ids.
+        mask: (B, C) bool, False on padding.
+    """
+
+    head: LMHead
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+    def statistics(
+        self,
+        where: torch.Tensor,
+        *,
+        min_ratio: float | None = None,
+        threshold: float | None = None,
+        entropy: bool = False,
+        tile: int = TILE,
+    ) -> TokenStatistics:
+        """Return the statistics of the N tokens at which the (B, C) bool mask ``where`` is True, row by row.
+
+        The parameters are those of :func:`~posttrain.kernels.statistics.token_statistics`. Every rank has to
+        call it equally often (with an empty ``where`` if need be): a sharded head is gathered inside.
+        """
+        head = self.head
+        with head.gathered() as (weight, bias):
+            return token_statistics(
+                self.hidden.detach()[where].to(weight.device),
+                weight,
+                self.ids[where].to(weight.device),
+                bias=bias,
+                temperature=head.temperature,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                min_ratio=min_ratio,
+                threshold=threshold,
+                entropy=entropy,
+                tile=tile,
+            )
+
+
+@contextlib.contextmanager
+def watch_head(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    columns: int,
+    receive: Callable[[Scored], None],
+    *,
+    temperature: float = 1.0,
+) -> Iterator[None]:
+    """Call ``receive`` with what every forward of ``model`` inside the block feeds to the LM head.
+
+    The hook sits on the backbone of this one model and goes with the block. It costs no forward: the hidden
+    states are those the forward computes. Consecutive forwards take consecutive rows of ``input_ids``.
+
+    Args:
+        model: A transformers causal language model, without PEFT or other wrappers around it.
+        input_ids: (B, P + C) prompts and completions of all rows.
+        attention_mask: (B, P + C).
+        columns: C, how many last tokens are completion.
+        receive: Gets one :class:`Scored` per forward.
+        temperature: Divides the logits.
+    """
+    head = LMHead.of(model, temperature)
+    done = 0
+
+    def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+        del module, args
+        nonlocal done
+        hidden = output.last_hidden_state
+        rows = slice(done, done + hidden.size(0))
+        done = rows.stop
+        receive(
+            Scored(
+                head=head,
+                # position t - 1 predicts token t
+                hidden=hidden[:, -columns - 1 : -1],
+                ids=input_ids[rows, -columns:],
+                mask=attention_mask[rows, -columns:].bool(),
+            )
+        )
+
+    handle = model.base_model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
