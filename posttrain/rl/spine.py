@@ -218,7 +218,7 @@ def band_hinge(
 
 
 def fork_kl(logps: torch.Tensor, ref_logps: torch.Tensor, forks: torch.Tensor) -> torch.Tensor:
-    """Return the mean over the forks of k3 = exp(d) - d - 1, d = ref - logp; a differentiable 0 without forks.
+    """Return the mean over the forks of k3 = exp(d) - d - 1, d = ref - logp; differentiable 0 without forks.
 
     Args:
         logps: (B, C) log-probabilities of the sampled tokens, nats, with gradient.
@@ -232,8 +232,8 @@ def fork_kl(logps: torch.Tensor, ref_logps: torch.Tensor, forks: torch.Tensor) -
     bad = (~torch.isfinite(difference) & forks).any(dim=1)
     if bad.any():
         raise FloatingPointError(
-            f"SPINE found non-finite log-probabilities at forks of rows {bad.nonzero().flatten().tolist()} of "
-            "the micro-batch. Check the reference checkpoint and its precision."
+            f"SPINE found non-finite log-probabilities at forks of rows {bad.nonzero().flatten().tolist()} "
+            "of the micro-batch. Check the reference checkpoint and its precision."
         )
     difference = difference.masked_fill(~forks, 0.0)
     # expm1 keeps the small differences of the first steps
@@ -293,8 +293,8 @@ class Spine(Method):
         quantile = trainer.get("top_entropy_quantile", 1.0)
         if quantile < 1:
             yield Conflict(
-                f"SPINE chooses the tokens that train, and so does top_entropy_quantile={quantile:g}: set it to "
-                "1.0, or drop SPINE",
+                f"SPINE chooses the tokens that train, and so does top_entropy_quantile={quantile:g}: set it "
+                "to 1.0, or drop SPINE",
                 field="top_entropy_quantile",
             )
         for field in ("entropy_coef", "use_adaptive_entropy"):
@@ -306,8 +306,8 @@ class Spine(Method):
                 )
         if trainer.get("importance_sampling_level") == "sequence":
             yield Conflict(
-                "SPINE masks tokens, but importance_sampling_level='sequence' has one ratio per sequence: set "
-                "importance_sampling_level to token",
+                "SPINE masks tokens, but importance_sampling_level='sequence' has one ratio per sequence: "
+                "set importance_sampling_level to token",
                 field="importance_sampling_level",
             )
         if "aepo" in setup.methods and self.band_weight_high > 0:
@@ -388,7 +388,6 @@ def _finite(entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if bad.any():
         raise FloatingPointError(
             f"SPINE found entropies that are not finite in rows {bad.nonzero().flatten().tolist()} of the "
-            "micro-batch. Usual causes: a broken checkpoint, float16 overflow, or a learning rate that is too "
-            "high."
+            "micro-batch. Usual causes: a broken checkpoint, float16 overflow, or too high a learning rate."
         )
     return valid
