@@ -7,13 +7,14 @@ read without importing torch. Stages, in order; each has a default that does not
 =============  ===========================  ====================================================
 stage          when                         hook
 =============  ===========================  ====================================================
+reference      before each generation       :meth:`Method.refresh_reference`
 scoring        once per generation batch,   :meth:`Method.score_old`
                off-policy schedules only
 reward         once per generation batch    :meth:`Method.label`, then :meth:`Method.rewards`
 rows           once per generation batch    :meth:`Method.keep_rows`
 advantage      once per generation batch    :meth:`Method.advantages`
 token mask     every micro-step             :meth:`Method.token_mask`
-token weight   every micro-step             :meth:`Method.token_weights`
+token weight   every micro-step             :meth:`Method.token_weights`, :meth:`Method.kl_weights`
 token penalty  every micro-step             :meth:`Method.token_penalty`, :meth:`Method.mean_penalty`
 optimiser      once per optimiser step      :meth:`Method.optimizer_step`
 =============  ===========================  ====================================================
@@ -36,11 +37,13 @@ if TYPE_CHECKING:
     from posttrain.kernels.head import Scored
     from posttrain.rl.gauges import Gauges
 
-Need = Literal["ref_logps", "old_logps", "head", "old_head"]
+Need = Literal["ref_logps", "movable_reference", "old_logps", "embeddings", "head", "old_head"]
 """What the trainer can compute once for all methods that ask for it.
 
 ``ref_logps``: log-probabilities under the initial policy, whatever ``beta`` is.
+``movable_reference``: a reference whose weights can be replaced, see :meth:`Method.refresh_reference`.
 ``old_logps``: :attr:`Rollout.old_logps` also on-policy, at the price of one forward per rollout.
+``embeddings``: :attr:`Rollout.embeddings`; one forward per rollout, which also gives ``old_logps``.
 ``head``: :attr:`Tokens.head`, what the training forward feeds to the LM head; no extra forward.
 ``old_head``: the same for the policy that generated; no extra forward. Off-policy :meth:`Method.score_old` is
 called in the old log-prob pass; on-policy it is :attr:`Tokens.head`.
@@ -58,6 +61,7 @@ class Setup:
         task: ``"rlvr"`` or ``"ttrl"`` in a config run, or None when the trainer is built in Python.
         rewards: Number of reward functions, or None when it is not known yet.
         ranks: Number of training processes of this launch.
+        reward_weights: Weight of each reward function by its name, in order, or None when not known yet.
     """
 
     trainer: Mapping[str, Any]
@@ -66,6 +70,7 @@ class Setup:
     task: str | None = None
     rewards: int | None = None
     ranks: int = 1
+    reward_weights: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,29 @@ class Samples:
     gather: Callable[[list[Any]], list[Any]] = list
 
 
+@dataclass(frozen=True)
+class AllRows:
+    """The generation batch over all ranks, the same on every rank. N rows that train, F reward functions.
+
+    Attributes:
+        rewards: (N, F), whole groups one after the other, in rank order; NaN where a function does not apply.
+        scored: (M, F), also with the rows that :meth:`Method.keep_rows` took out: what the policy really did.
+        names: Names of the reward functions, in the order of the columns.
+        weights: (F,) their weights.
+        group_size: Rows per group.
+        first: Index of this rank's first row.
+        normalise: Turns (N,) values, NaN allowed, into advantages with this run's ``scale_rewards``.
+    """
+
+    rewards: torch.Tensor
+    scored: torch.Tensor
+    names: tuple[str, ...]
+    weights: torch.Tensor
+    group_size: int
+    normalise: Callable[[torch.Tensor], torch.Tensor]
+    first: int = 0
+
+
 @dataclass
 class Rollout:
     """One generation batch on this rank, after rewards. B rows, C completion tokens, F reward functions.
@@ -116,6 +144,7 @@ class Rollout:
         rewards: (B, F), one column per reward function, NaN where a function does not apply.
         reward: (B,), the weighted sum that TRL normalises; NaN for a row without any reward.
         tied: (B,) bool, the row's group has all rewards equal, so its advantage is zero by definition.
+            A method that makes advantages from something else says so here.
         advantages: (B,) or (B, C) as TRL computed them, then as earlier methods left them.
         mask: (B, C), 1 on tokens written by the model.
         old_logps: (B, C) under the policy that generated; None on-policy (equal to the live ones) unless a
@@ -126,6 +155,11 @@ class Rollout:
         gauges: Where a method logs numbers.
         gather: Collective: turns this rank's (B, C) floats into those of all ranks, in rank order; columns
             that a rank does not have are NaN.
+        everyone: The rewards of all ranks.
+        embeddings: (B, H) fp32, mean over the model-written tokens of the policy's final hidden state at the
+            token, zeros for a row without tokens; None when nobody needs them.
+        texts: Returns the B completions as text.
+        training: False in evaluation, where no state may change.
     """
 
     rewards: torch.Tensor
@@ -138,6 +172,15 @@ class Rollout:
     gauges: Gauges
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
+    everyone: AllRows | None = None
+    embeddings: torch.Tensor | None = None
+    texts: Callable[[], list[str]] = list
+    training: bool = True
+
+    def local(self, values: torch.Tensor) -> torch.Tensor:
+        """Return this rank's rows of (N, ...) values of all ranks."""
+        assert self.everyone is not None
+        return values[self.everyone.first :][: self.mask.size(0)]
 
 
 @dataclass
@@ -156,6 +199,10 @@ class Tokens:
         focus: (B, C) bool, tokens that every method's :meth:`Method.token_mask` kept, or None when no method
             has one.
         head: What the forward fed to the LM head, or None when nobody needs it.
+        kl_weights: (B, 1) or (B, C), product of all methods' :meth:`Method.kl_weights`, or None when no method
+            has one.
+        reduce: Collective: the sum of a tensor over all ranks.
+        training: False in evaluation, where no state may change.
         carry: What :attr:`Rollout.carry` held for these rows.
         gauges: Where a method logs numbers.
     """
@@ -172,6 +219,9 @@ class Tokens:
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
     focus: torch.Tensor | None = None
     head: Scored | None = None
+    kl_weights: torch.Tensor | None = None
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
+    training: bool = True
 
 
 class Method(BaseModel):
@@ -201,6 +251,14 @@ class Method(BaseModel):
         """Yield what in ``setup`` does not go with this method. Called before anything is loaded."""
         del setup
         return iter(())
+
+    def refresh_reference(self) -> bool:
+        """Return whether the current policy becomes the reference now; the same on every rank.
+
+        Asked in training before each generation, so that a batch never mixes two references. Needs
+        ``movable_reference``.
+        """
+        return False
 
     def score_old(self, scored: Scored) -> dict[str, torch.Tensor]:
         """Return (b, C) tensors for :attr:`Rollout.carry` from the LM head of the policy that generated.
@@ -250,6 +308,14 @@ class Method(BaseModel):
 
     def token_weights(self, tokens: Tokens) -> torch.Tensor | None:
         """Return non-negative factors of the policy term, (B, 1) or (B, C), or None for all ones."""
+        del tokens
+        return None
+
+    def kl_weights(self, tokens: Tokens) -> torch.Tensor | None:
+        """Return non-negative factors of TRL's own KL term (``beta``), (B, 1) or (B, C), or None for all ones.
+
+        The divisor does not change. TRL's logged ``kl`` counts a factor above 0 as 1.
+        """
         del tokens
         return None
 
