@@ -199,8 +199,8 @@ class Tokens:
         focus: (B, C) bool, tokens that every method's :meth:`Method.token_mask` kept, or None when no method
             has one.
         head: What the forward fed to the LM head, or None when nobody needs it.
-        kl_weights: (B, 1) or (B, C), product of all methods' :meth:`Method.kl_weights`, or None when no method
-            has one.
+        kl_weights: (B, 1) or (B, C), product of all methods' :meth:`Method.kl_weights`, or None when no
+            method has one.
         reduce: Collective: the sum of a tensor over all ranks.
         training: False in evaluation, where no state may change.
         carry: What :attr:`Rollout.carry` held for these rows.
@@ -312,7 +312,7 @@ class Method(BaseModel):
         return None
 
     def kl_weights(self, tokens: Tokens) -> torch.Tensor | None:
-        """Return non-negative factors of TRL's own KL term (``beta``), (B, 1) or (B, C), or None for all ones.
+        """Return factors >= 0 of TRL's own KL term (``beta``), (B, 1) or (B, C), or None for all ones.
 
         The divisor does not change. TRL's logged ``kl`` counts a factor above 0 as 1.
         """
@@ -320,7 +320,7 @@ class Method(BaseModel):
         return None
 
     def token_penalty(self, tokens: Tokens) -> torch.Tensor | None:
-        """Return a (B, C) term to add to the per-token loss, or None; it gets the divisor of the base loss."""
+        """Return a (B, C) term to add to the per-token loss, or None. It gets the base loss's divisor."""
         del tokens
         return None
 
