@@ -6,11 +6,14 @@ imports stand inside the verbs, so that help and ``check`` answer at once.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -50,37 +53,96 @@ def stdout() -> Console:
 
 def request_error(message: str) -> NoReturn:
     """Say on stderr what is wrong with the request, and end with exit code 2."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", markup=False)
+    if first_on_this_machine():  # all processes of a run read the same request
+        _stderr().print(f"error: {message}", markup=False)
     raise typer.Exit(2)
 
 
+def first_on_this_machine() -> bool:
+    """Whether this is the process that speaks for those a launcher started with it."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def main_process() -> bool:
+    """Whether this is the process that prints the result."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, turned into an exception so that the run ends its verifiers and gives the terminal back."""
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    del number, frame
+    raise Terminated
+
+
 @contextmanager
-def reported_errors() -> Iterator[None]:
+def reported_errors(go_on: str = "") -> Iterator[None]:
     """Turn what went wrong into a message and an exit code; tracebacks are for ``POSTTRAIN_DEBUG=1``.
 
     A request that cannot be carried out as it stands (configuration, data, model path, run directory) ends
-    with 2, a run that failed under way with 1.
+    with 2, a run that failed under way or was interrupted with 1.
+
+    Args:
+        go_on: What to do after an interruption or when the disk was full.
     """
-    if os.environ.get("POSTTRAIN_DEBUG"):
-        yield
-        return
+    debug = bool(os.environ.get("POSTTRAIN_DEBUG"))
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    earlier = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
         yield
     except typer.Exit:
         raise
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; go on with --resume", markup=False)
+    except KeyboardInterrupt as interrupt:
+        if first_on_this_machine():
+            what = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
+            _stderr().print(f"{what}; {go_on}" if go_on else what, markup=False)
         raise typer.Exit(1) from None
     except Exception as error:
-        from posttrain.errors import is_request_error
+        if debug:
+            raise
+        from posttrain.errors import describe, is_request_error
 
         if is_request_error(error):
             request_error(str(error))
-        message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"failed: {message}\n(POSTTRAIN_DEBUG=1 shows where)", markup=False
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = f"\nThe disk is full: free space, then {go_on}" if full and go_on else ""
+        _stderr().print(
+            f"failed{rank}: {describe(error)}{hint}\n(POSTTRAIN_DEBUG=1 shows where)", markup=False
         )
         raise typer.Exit(1) from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, earlier)
+
+
+@contextmanager
+def answers(as_json: bool) -> Iterator[None]:
+    """Keep stdout for the answer: whatever libraries print while it is computed goes to stderr."""
+    from posttrain.run.console import quiet_libraries
+
+    quiet_libraries()
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
+
+
+def load_config(path: Path, overrides: list[str] | None) -> Any:
+    """Return the checked configuration; its warnings are printed on stderr."""
+    from posttrain.config.check import check_and_load
+    from posttrain.config.problems import ConfigError
+
+    report, config = check_and_load(path, overrides or ())
+    if config is None:
+        raise ConfigError(report)
+    if report.problems and first_on_this_machine():
+        report.print(_stderr())
+    return config
 
 
 def print_json(value: Any) -> None:
@@ -132,19 +194,20 @@ def train(
     The configuration is checked first; every mistake is reported before anything is loaded. Everything the
     run writes lies in its run_dir. Several processes: accelerate launch -m posttrain train CONFIG.yaml.
     """
-    from posttrain.config.check import load_run_config
-
-    with reported_errors():
+    with reported_errors("go on with --resume"):
         if resume and overwrite:
             request_error("--resume goes on with a run and --overwrite replaces it: give one of them")
-        run_config = load_run_config(config, overrides or ())
+        run_config = load_config(config, overrides)
         from posttrain.run.train import train as carry_out
 
-        result = carry_out(run_config, resume=resume, overwrite=overwrite)
+        with answers(as_json):
+            result = carry_out(run_config, resume=resume, overwrite=overwrite)
+        if not main_process():
+            return
         if as_json:
             print_json(result.to_dict())
         else:
-            stdout().print(result.text(), markup=False)
+            stdout().print(result.text(), markup=False, soft_wrap=True)
 
 
 @app.command("eval")
@@ -163,13 +226,14 @@ def evaluate_model(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a model on the held-out rows of a configuration: pass@k, maj@k, diversity, with intervals."""
-    from posttrain.config.check import load_run_config
-
     with reported_errors():
         from posttrain.run.verbs import config_of, evaluate_path
 
-        run_config = load_run_config(config or config_of(model), overrides or ())
-        result = evaluate_path(model, run_config, out=out)
+        run_config = load_config(config or config_of(model), overrides)
+        with answers(as_json):
+            result = evaluate_path(model, run_config, out=out)
+        if not main_process():
+            return
         if as_json:
             print_json({key: value for key, value in result.to_dict().items() if key != "problems"})
         else:
@@ -181,7 +245,10 @@ def evaluate_model(
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="Run directory, or a checkpoint of one.")],
-    to: Annotated[Path | None, typer.Option("--to", help="Target folder; RUN/export when unset.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="Target folder; RUN/export when unset, RUN/export-FORMAT with --format."),
+    ] = None,
     export_format: Annotated[str, typer.Option("--format", help="auto, adapter, merged or full.")] = "auto",
     push_to: Annotated[
         str | None, typer.Option("--push", help="Hub repository user/name to upload to.")
@@ -197,11 +264,13 @@ def export(
 
         if export_format not in EXPORT_FORMATS:
             request_error(f"--format is one of {', '.join(EXPORT_FORMATS)}, found {export_format!r}")
-        result = export_path(source, to=to, format=export_format, push_to=push_to, private=not public)
+        with answers(as_json):
+            result = export_path(source, to=to, format=export_format, push_to=push_to, private=not public)
         if as_json:
             print_json(result)
         else:
-            stdout().print("\n".join(f"{key}: {value}" for key, value in result.items()), markup=False)
+            lines = (f"{key}: {value}" for key, value in result.items() if value is not None)
+            stdout().print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -214,11 +283,14 @@ def report(
     with reported_errors():
         from posttrain.report import write_report
 
-        path = write_report(runs, out)
+        try:
+            path = write_report(runs, out)
+        except (FileNotFoundError, ValueError) as error:
+            request_error(str(error))
         if as_json:
             print_json({"report": str(path)})
         else:
-            stdout().print(str(path), markup=False)
+            stdout().print(str(path), markup=False, soft_wrap=True)
 
 
 @app.command()

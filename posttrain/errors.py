@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 # By name, so that asking does not import torch for an error that was raised without it.
-_REQUEST_ERRORS = frozenset({"ConfigError", "DataError", "ModelLoadError", "RunError", "ExportError", "PushError"})
+_REQUEST_ERRORS = frozenset({"ConfigError", "DataError", "ModelLoadError", "RunError"})
+# Their messages are sentences for the user; the name of the class in front would only be in the way.
+_RUN_ERRORS = frozenset(
+    {"ExportError", "PushError", "CheckpointError", "VerifierFailure", "VerifierStartError"}
+)
 
 
 def is_request_error(error: BaseException) -> bool:
     """Whether the message of ``error`` tells the user what to change in the request."""
-    return any(cls.__name__ in _REQUEST_ERRORS and cls.__module__.startswith("posttrain.") for cls in type(error).__mro__)
+    return _is_ours(error, _REQUEST_ERRORS)
+
+
+def describe(error: BaseException) -> str:
+    """Return one paragraph about a run that failed; the class is named unless the error is one of ours."""
+    text = str(error).strip()
+    if _is_ours(error, _RUN_ERRORS) or (isinstance(error, FloatingPointError) and text):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_ours(error: BaseException, names: frozenset[str]) -> bool:
+    return any(
+        cls.__name__ in names and cls.__module__.startswith("posttrain.") for cls in type(error).__mro__
+    )

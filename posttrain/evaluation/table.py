@@ -30,4 +30,8 @@ def print_table(evaluations: Mapping[str, Evaluation], console: Console) -> None
 
 def _estimate(part: Evaluation, metric: str) -> str:
     estimate = part.metrics.get(metric)
-    return "-" if estimate is None else f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    if estimate is None or estimate.value is None:
+        return "-"
+    if estimate.low is None:  # a single problem has no interval
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -1,5 +1,7 @@
 """What watches a run: the metrics file, the completions file, the progress line."""
 
+# ruff: noqa: ARG002, D102 - names and arguments of the hooks are those of transformers.TrainerCallback
+
 from __future__ import annotations
 
 import math
@@ -7,12 +9,19 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from posttrain.run.directory import RunDirectory, append_json_lines, drop_lines_after
+from posttrain.run.directory import RunDirectory, append_json_lines, keep_json_lines
 
 # What the progress line shows, in this order, where a run logs it.
 _SHOWN = {
@@ -25,7 +34,12 @@ _SHOWN = {
 
 
 class RunRecorder(TrainerCallback):
-    """Writes metrics.jsonl and completions.jsonl; lines after a resumed step are written anew."""
+    """Writes metrics.jsonl and completions.jsonl; what a resumed run logs again is dropped first.
+
+    Args:
+        run: Where to write.
+        completions_per_log: How many of the latest completions each log keeps.
+    """
 
     def __init__(self, run: RunDirectory, *, completions_per_log: int = 8) -> None:
         self.run = run
@@ -36,9 +50,18 @@ class RunRecorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
-            for path in (self.run.metrics, self.run.completions):
-                drop_lines_after(path, state.global_step)
+        if not state.is_world_process_zero:
+            return
+        # a log comes before the checkpoint of its step; the summary at the end of training after it
+        step = state.global_step
+        logged = _was_logged(state)
+        rows = keep_json_lines(
+            self.run.metrics, lambda row: row.get("step", 0) <= step and "train_runtime" not in row
+        )
+        keep_json_lines(
+            self.run.completions, lambda row: row["step"] < step or (logged and row["step"] == step)
+        )
+        self._started = time.monotonic() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
 
     def on_log(
         self,
@@ -52,9 +75,23 @@ class RunRecorder(TrainerCallback):
             return
         row = {"step": state.global_step, "seconds": round(time.monotonic() - self._started, 3), **logs}
         append_json_lines(self.run.metrics, [row])
-        if self.trainer is not None and "reward" in logs:
+        summary_of_a_logged_step = "train_runtime" in logs and _was_logged(state)
+        if self.trainer is not None and "reward" in logs and not summary_of_a_logged_step:
             latest = self.trainer.last_completions()[-self.completions_per_log :]
-            append_json_lines(self.run.completions, [{"step": state.global_step, **sample} for sample in latest])
+            append_json_lines(
+                self.run.completions,
+                [{"step": state.global_step, **self._with_status(row)} for row in latest],
+            )
+
+    def _with_status(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Name the verdict of the first reward, which decides what is correct, ``status``."""
+        own = f"{self.trainer.reward_func_names[0]}_status"
+        return {"status" if key == own else key: value for key, value in row.items()}
+
+
+def _was_logged(state: TrainerState) -> bool:
+    """Whether the current step has a log of its own, beside the summary at the end of training."""
+    return any(row["step"] == state.global_step and "loss" in row for row in state.log_history[-3:])
 
 
 class ConsoleProgress(TrainerCallback):
@@ -109,11 +146,16 @@ class ConsoleProgress(TrainerCallback):
         if self._progress is not None:
             self._progress.update(self._task, numbers="  ".join(shown))
         else:
-            self.console.print(f"{self.title} {state.global_step}/{state.max_steps}  {'  '.join(shown)}", highlight=False)
+            line = f"{self.title} {state.global_step}/{state.max_steps}  {'  '.join(shown)}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back; also called when training ends in an error."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

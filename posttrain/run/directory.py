@@ -5,7 +5,7 @@
     RUN/config.yaml         resolved configuration
     RUN/manifest.json       versions, commit, data fingerprint, seeds, hardware, command to repeat
     RUN/metrics.jsonl       one object per log
-    RUN/completions.jsonl   sampled completions with rewards
+    RUN/completions.jsonl   sampled completions with rewards and the status of the first reward
     RUN/checkpoints/        checkpoint-N folders, each complete
     RUN/warm_start/         the same layout for the supervised stage, and its model
     RUN/evaluation.json     before, after and their difference
@@ -15,17 +15,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
+import logging
 import math
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 
 class RunError(RuntimeError):
-    """The request does not fit the state of the run directory; the message says what to do."""
+    """The request does not fit the run or its directory; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,11 @@ class RunDirectory:
         return self.root / "export"
 
     @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.root / "report.html"
+
+    @property
     def warm_start(self) -> RunDirectory:
         """The supervised stage before reinforcement learning."""
         return RunDirectory(self.root / "warm_start")
@@ -79,51 +91,112 @@ class RunDirectory:
         """The model a warm start leaves."""
         return self.root / "model"
 
+    @property
+    def old(self) -> Path:
+        """Where a run that is replaced is kept, once."""
+        root = self.root.resolve()
+        return root.with_name(f"{root.name}.old")
+
     def begin(self, *, resume: bool, overwrite: bool) -> None:
-        """Create the folder, or refuse one that is in use.
+        """Create the folder, or refuse one that is in use; nothing that is there is touched.
 
         Raises:
-            RunError: It holds another run and neither ``resume`` nor ``overwrite`` was asked for, or there is
-                nothing to resume, or it holds files that no run of ours wrote.
+            RunError: It holds another run and neither ``resume`` nor ``overwrite`` was asked for, there is
+                nothing to resume, it holds files that no run of ours wrote, or it cannot be created.
         """
         if resume:
-            if not self.config.exists():
-                raise RunError(f"nothing to resume in {self.root}: it holds no config.yaml. Start without --resume.")
+            if not self.config.is_file():
+                raise RunError(
+                    f"nothing to resume in {self.root}: it holds no config.yaml. Start without --resume."
+                )
             return
-        if self.root.exists() and any(self.root.iterdir()):
-            if not overwrite:
-                raise RunError(
-                    f"{self.root} already holds a run. Continue it with --resume, replace it with --overwrite, or "
-                    "choose another folder with run_dir=..."
-                )
-            if not self.config.exists() and not self.metrics.exists():
-                raise RunError(
-                    f"{self.root} holds files but no run (no config.yaml): it is not overwritten. Choose another run_dir."
-                )
-            self._move_aside()
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            used = any(self.root.iterdir())
+        except OSError as error:
+            raise RunError(
+                f"run_dir {self.root} cannot be used ({error.strerror}: {error.filename}). Choose another "
+                "folder with run_dir=..."
+            ) from error
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise RunError(f"run_dir {self.root} is not writable. Choose another folder with run_dir=...")
+        if not used:
+            return
+        if not self.config.is_file():
+            raise RunError(
+                f"{self.root} holds files but no run (no config.yaml), so nothing is written there. Choose "
+                "another folder with run_dir=..."
+            )
+        if not overwrite:
+            raise RunError(
+                f"{self.root} already holds a run. Continue it with --resume, replace it with --overwrite, "
+                "or choose another folder with run_dir=..."
+            )
+        if self.old.exists() and not RunDirectory(self.old).config.is_file():
+            raise RunError(
+                f"--overwrite keeps the replaced run as {self.old}, and what is there is no run: move it away"
+            )
 
-    def _move_aside(self) -> None:
-        """Keep the replaced run once, as RUN.old: overwriting the wrong run must not lose it."""
-        import shutil
+    def move_aside(self) -> None:
+        """Keep a run that is replaced as RUN.old, instead of the one kept before; leave an empty folder."""
+        if not any(self.root.iterdir()):
+            return
+        if self.old.exists():
+            shutil.rmtree(self.old)
+        self.root.resolve().rename(self.old)
+        self.root.resolve().mkdir()
 
-        old = self.root.with_name(f"{self.root.name}.old")
-        if old.exists():
-            shutil.rmtree(old)
-        self.root.rename(old)
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Callable[[], None]]:
+        """Hold the folder for this process; the lock ends with the process, however it ends.
+
+        Yields:
+            A function that holds the folder of that name anew, after :meth:`move_aside`.
+
+        Raises:
+            RunError: Another process holds it.
+        """
+        with contextlib.ExitStack() as stack:
+
+            def hold() -> None:
+                descriptor = os.open(self.root, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                        raise RunError(
+                            f"another process is writing to {self.root}: wait for it, end it, or choose "
+                            "another folder with run_dir=..."
+                        ) from None
+                    # network file systems without locks
+                    logger.warning(
+                        "%s cannot be locked (%s): start only one run in it", self.root, error.strerror
+                    )
+
+            hold()
+            yield hold
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write strict JSON so that a reader sees the old file or the new one, never half of it."""
+    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False, default=_plain))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str))
-    os.replace(partial, path)
+    # lone surrogates come out of JSON escapes in model output; they have no UTF-8 form
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    partial.replace(path)
 
 
 def append_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append one JSON object per line, in a single write."""
-    text = "".join(json.dumps(_finite(row), ensure_ascii=False, default=str) + "\n" for row in rows)
+    """Append one strict JSON object per line."""
+    text = "".join(
+        json.dumps(finite(row), ensure_ascii=False, allow_nan=False, default=_plain) + "\n" for row in rows
+    )
     if not text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,29 +204,37 @@ def append_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.write(text)
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Drop lines of a killed run that the resumed one will write again, and a broken last line."""
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the complete lines; the one that was being written when a process was killed is left out."""
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line being written when the process was killed
-        if row.get("step", 0) <= step:
-            kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+        return []
+    rows = []
+    # not splitlines(): a completion may hold U+2028 and its like, which JSON does not escape
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: write null for numbers that are not finite."""
+def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Drop the lines that a resumed run will write again, and a broken one; return those kept."""
+    kept = [row for row in read_json_lines(path) if keep(row)]
+    if path.exists():
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    return kept
+
+
+def finite(value: Any) -> Any:
+    """Return ``value`` for JSON, which has no NaN: None for numbers that are not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
+
+
+def _plain(value: Any) -> Any:
+    """Turn numpy and torch values into JSON ones, anything else into text."""
+    return finite(value.tolist()) if hasattr(value, "tolist") else str(value)

@@ -7,18 +7,17 @@ of them.
 from __future__ import annotations
 
 import json
-import logging
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
+from trl import GRPOConfig, SFTConfig
 
 from posttrain.checkpointing.resume import newest_checkpoint
 from posttrain.config.load import resolved_yaml
@@ -26,69 +25,27 @@ from posttrain.config.schema import RunConfig
 from posttrain.data.length import apply_length_policy
 from posttrain.data.load import LoadedData, load_data, load_warm_start
 from posttrain.data.prompts import render
-from posttrain.evaluation.evaluate import evaluate
+from posttrain.errors import describe, is_request_error
 from posttrain.evaluation.results import Evaluation, compare
-from posttrain.export.card import card_of
-from posttrain.export.export import export_model
-from posttrain.export.push import push
 from posttrain.models.adapter import build_peft_config
 from posttrain.models.load import is_untrained, load_model
 from posttrain.report import write_report
+from posttrain.rewards.pool import VerifierStartError
 from posttrain.rewards.reward import Reward, build_rewards
-from posttrain.run.directory import RunDirectory, write_json
+from posttrain.run.directory import RunDirectory, RunError, write_json, write_text
+from posttrain.run.evaluating import evaluate_model, evaluation_settings
 from posttrain.run.manifest import build_manifest
-from posttrain.run.trainers import grpo_trainer, sft_trainer
+from posttrain.run.publish import publish
+from posttrain.run.result import RunResult
+from posttrain.run.resuming import check_continuation
+from posttrain.run.trainers import grpo_trainer, run_training, sft_trainer, trl_config
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class RunResult:
-    """What a run left behind.
-
-    Attributes:
-        run_dir: The run directory.
-        steps: Optimiser steps done.
-        evaluation: Content of evaluation.json, or None without an ``evaluate`` section.
-        export: Folder of the export, or None without an ``export`` section.
-        report: The HTML report.
-        pushed: Address on the Hub, or None.
-    """
-
-    run_dir: str
-    steps: int
-    report: str
-    evaluation: dict[str, Any] | None = None
-    export: str | None = None
-    pushed: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result for JSON, with the metrics of the evaluations but not their samples."""
-        summary = {name: _summary(part) for name, part in (self.evaluation or {}).items() if part}
-        return {**asdict(self), "evaluation": summary or None}
-
-    def text(self) -> str:
-        """Return the result for people."""
-        lines = [f"run      {self.run_dir} ({self.steps} steps)"]
-        difference = (self.evaluation or {}).get("difference")
-        for name in ("before", "after"):
-            metrics = ((self.evaluation or {}).get(name) or {}).get("metrics", {})
-            shown = [f"{key} {_interval(value)}" for key, value in metrics.items() if key.startswith("pass@")]
-            if shown:
-                lines.append(f"{name:<8} {'  '.join(shown)}")
-        if difference:
-            shown = [
-                f"{key} {_interval(value, signed=True)}"
-                for key, value in difference["metrics"].items()
-                if key.startswith("pass@")
-            ]
-            lines.append(f"change   {'  '.join(shown)}")
-        lines += [f"export   {self.export}"] if self.export else []
-        lines += [f"pushed   {self.pushed}"] if self.pushed else []
-        return "\n".join([*lines, f"report   {self.report}"])
+T = TypeVar("T")
 
 
-def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, command: str | None = None) -> RunResult:
+def train(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, command: str | None = None
+) -> RunResult:
     """Carry out a run.
 
     Args:
@@ -98,190 +55,299 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         command: What to write into the manifest as the command to repeat.
 
     Returns:
-        Where everything is.
+        Where everything is; the same on every rank.
 
     Raises:
-        posttrain.run.directory.RunError: The run directory does not fit the request.
+        posttrain.run.directory.RunError: The run directory or a value in the configuration does not fit the
+            request. So do ``DataError`` and ``ModelLoadError``; any other error is a run that failed.
     """
-    return _Run(config, resume=resume, command=command, overwrite=overwrite).carry_out()
+    run = RunDirectory(Path(config.run_dir).expanduser())
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    ranks = _Ranks()
+    ranks.on_main(lambda: run.begin(resume=resume, overwrite=overwrite))
+    if not ranks.state.is_main_process:
+        return _Run(config, run, ranks, resume=resume, command=command).carry_out()
+    with run.held() as hold_again:
+
+        def replace() -> None:
+            run.move_aside()
+            hold_again()
+
+        clear = replace if overwrite else None
+        return _Run(config, run, ranks, resume=resume, command=command, clear=clear).carry_out()
+
+
+class _Ranks:
+    """The processes of a run, one of which writes."""
+
+    def __init__(self) -> None:
+        self.state = PartialState(cpu=not torch.accelerator.is_available())
+        self.console = Console(stderr=True, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print a line on stderr, once."""
+        if self.state.is_main_process:
+            self.console.print(text, highlight=False, markup=False)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Do something on the main process; all ranks get its result, or fail when it failed."""
+        outcome: list[Any] = [None, None]
+        failure: Exception | None = None
+        if self.state.is_main_process:
+            try:
+                outcome[0] = action()
+            except Exception as error:  # raised below, once the others know
+                failure, outcome[1] = error, (is_request_error(error), describe(error))
+        if self.state.num_processes > 1:
+            broadcast_object_list(outcome)
+        if failure is not None:
+            raise failure
+        if outcome[1] is not None:
+            wrong_request, text = outcome[1]
+            raise RunError(text) if wrong_request else RuntimeError(f"the main process failed: {text}")
+        result: T = outcome[0]
+        return result
 
 
 class _Run:
     """The steps of one run, in order, with what they share."""
 
-    def __init__(self, config: RunConfig, *, resume: bool, overwrite: bool, command: str | None) -> None:
-        self.config = config
-        self.resume = resume
-        self.command = command
-        self.run = RunDirectory(Path(config.run_dir))
-        self.console = Console(stderr=True)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        self.state = PartialState(cpu=not torch.accelerator.is_available())
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        ranks: _Ranks,
+        *,
+        resume: bool,
+        command: str | None,
+        clear: Callable[[], None] | None = None,
+    ) -> None:
+        self.config, self.run, self.ranks = config, run, ranks
+        self.resume, self.command, self.clear = resume, command, clear
+        self.say, self.on_main = ranks.say, ranks.on_main
         self.seed = int(config.trainer.get("seed", 42))
-        if self.state.is_main_process:
-            self.run.begin(resume=resume, overwrite=overwrite)
-        self.state.wait_for_everyone()
 
     def carry_out(self) -> RunResult:
         config = self.config
         set_seed(self.seed)
-        data = load_data(config.data, config.task, hold_out=config.evaluate is not None)
-        model, self.tokenizer = load_model(config.model, seed=self.seed)
-        train_rows = self._prepare("training", data.train)
-        eval_rows = None if data.eval is None else self._prepare("held-out", data.eval)
-        rewards = build_rewards(config.rewards, data)
+        rewards: Sequence[Reward] = ()
         try:
-            self._describe(data)
+            # what can be refused is refused before anything is written or computed
+            data = load_data(config.data, config.task, hold_out=self._wants_held_out_rows())
+            rewards = self._rewards(data)
+            self.args, self.warm_args = self._arguments(rewards), self._warm_start_arguments()
+            model, self.tokenizer = load_model(config.model, seed=self.seed)
+            self._peft_config(model)
+            train_rows = self._prepare("training", data.train)
+            held_out = None if data.eval is None else self._prepare("held-out", data.eval)
+            self.on_main(lambda: self._describe(data))
             model = self._warm_started(model, data)
-            before = self._evaluated("before", model, eval_rows, rewards)
-            trainer = self._trainer(model, train_rows, rewards)
-            checkpoint = newest_checkpoint(self.run.checkpoints) if self.resume else None
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            before = self._evaluated("before", 0, model, held_out, rewards)
+            trainer = self._trainer(model, train_rows, held_out, rewards)
+            self._train(trainer)
+            steps = trainer.state.global_step
             trained = trainer.accelerator.unwrap_model(trainer.model)
-            after = self._evaluated("after", trained, eval_rows, rewards)
+            after = self._evaluated("after", steps, trained, held_out, rewards)
         finally:
             for reward in rewards:
                 reward.close()
-        evaluation = self._compared(before, after)
-        exported, pushed = self._exported(trained, train_rows)
-        report = self.run.root / "report.html"
-        if self.state.is_main_process:
-            write_report(self.run.root, report)
-        self.state.wait_for_everyone()
+        evaluation = self.on_main(lambda: self._compared(before, after, steps))
+        exported = self.on_main(lambda: self._exported(trained, train_rows))
+        self.on_main(lambda: write_report(self.run.root, self.run.report))
         return RunResult(
             run_dir=str(self.run.root),
-            steps=trainer.state.global_step,
-            report=str(report),
+            steps=steps,
+            report=str(self.run.report),
             evaluation=evaluation,
-            export=exported,
-            pushed=pushed,
+            export=exported.get("folder"),
+            pushed=exported.get("pushed"),
         )
 
-    # ---- steps ------------------------------------------------------------------------------------------
+    # ---- before anything is written ---------------------------------------------------------------------
 
-    def _say(self, text: str) -> None:
-        if self.state.is_main_process:
-            self.console.print(text, highlight=False)
+    def _wants_held_out_rows(self) -> bool:
+        return self.config.evaluate is not None or self.config.trainer.get("eval_strategy", "no") != "no"
+
+    def _rewards(self, data: LoadedData) -> Sequence[Reward]:
+        try:
+            return build_rewards(self.config.rewards, data)
+        except (ValueError, VerifierStartError) as error:
+            raise RunError(str(error)) from error
+
+    def _arguments(self, rewards: Sequence[Reward]) -> Any:
+        if self.config.task == "rlvr":
+            weights = [reward.weight for reward in rewards]
+            return trl_config(GRPOConfig, self.config.trainer, self.run, reward_weights=weights)
+        return trl_config(SFTConfig, self.config.trainer, self.run)
+
+    def _warm_start_arguments(self) -> Any:
+        """Return the arguments of the warm start, or None when there is none."""
+        warm, model = self.config.warm_start, self.config.model
+        if warm is None:
+            return None
+        if warm.when == "untrained" and not is_untrained(model):
+            self.say(f"no warm start: {model.path} is trained already (warm_start.when=always forces one)")
+            return None
+        return trl_config(SFTConfig, {"seed": self.seed, **warm.trainer}, self.run.warm_start)
+
+    def _peft_config(self, model: Any) -> Any:
+        if self.config.model.adapter is None:
+            return None
+        try:
+            return build_peft_config(self.config.model.adapter, model)
+        except ValueError as error:
+            raise RunError(f"model.{error}") from error
 
     def _prepare(self, name: str, rows: Dataset) -> Dataset:
         """Turn rows into prompts for this tokenizer and apply the length policy."""
         config = self.config.data
         rows = render(rows, self.tokenizer, config)
-        rows, lengths = apply_length_policy(rows, self.tokenizer, config.max_prompt_tokens, config.over_length)
-        self._say(
+        rows, lengths = apply_length_policy(
+            rows, self.tokenizer, config.max_prompt_tokens, config.over_length
+        )
+        left_out = f", {lengths.over} over the limit left out" if lengths.over else ""
+        self.say(
             f"{name}: {lengths.kept} rows, {lengths.column} length median {lengths.percentiles[50]}, "
-            f"longest {lengths.longest} tokens" + (f", {lengths.over} over the limit left out" if lengths.over else "")
+            f"longest {lengths.longest} tokens{left_out}"
         )
         return rows
 
     def _describe(self, data: LoadedData) -> None:
         """Write down what is about to run."""
-        if not self.state.is_main_process:
-            return
-        text = resolved_yaml(self.config)
-        if self.resume and self.run.config.read_text() != text:
-            self._say("note: the configuration differs from the one this run was started with")
-        self.run.config.write_text(text)
-        seeds = {"run": self.seed, "train": self.config.data.train.seed, "eval": self.config.data.eval.seed}
+        config = self.config
+        seeds = {"run": self.seed, "train": config.data.train.seed, "eval": config.data.eval.seed}
         manifest = build_manifest(
-            self.config.model_dump(mode="json"), data=data.describe, seeds=seeds, command=self.command
+            config.model_dump(mode="json"), data=data.describe, seeds=seeds, command=self.command
         )
-        if self.resume and self.run.manifest.exists():
-            earlier = json.loads(self.run.manifest.read_text())
-            manifest["resumed"] = [*earlier.get("resumed", []), manifest["time"]]
-            manifest["time"] = earlier["time"]
+        if self.resume:
+            for change in check_continuation(self.run, config, data.fingerprint):
+                self.say(f"note: {change}")
+            if self.run.manifest.exists():
+                earlier = json.loads(self.run.manifest.read_text(encoding="utf-8"))
+                again = {"time": manifest["time"], "command": manifest["command"]}
+                manifest |= {key: earlier[key] for key in ("time", "command")}
+                manifest["resumed"] = [*earlier.get("resumed", []), again]
+        if self.clear is not None:
+            self.clear()
+        write_text(self.run.config, resolved_yaml(config))
         write_json(self.run.manifest, manifest)
+
+    # ---- steps ------------------------------------------------------------------------------------------
 
     def _warm_started(self, model: Any, data: LoadedData) -> Any:
         """Supervised fine-tuning on the source's own answers, where the configuration asks for it."""
-        warm, config = self.config.warm_start, self.config
-        if warm is None:
+        warm, config, run = self.config.warm_start, self.config, self.run.warm_start
+        if warm is None or self.warm_args is None:
             return model
-        if warm.when == "untrained" and not is_untrained(config.model):
-            self._say(f"no warm start: {config.model.path} is trained already (warm_start.when=always forces one)")
-            return model
-        run = self.run.warm_start
         if not run.model.exists():
             rows = self._prepare("warm start", load_warm_start(data, warm.size))
-            fields = {"seed": self.seed, **warm.trainer}
-            trainer = sft_trainer(run, fields, model, self.tokenizer, rows, title="warm start")
-            checkpoint = newest_checkpoint(run.checkpoints) if self.resume else None
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer = sft_trainer(run, self.warm_args, model, self.tokenizer, rows, title="warm start")
+            run_training(trainer, newest_checkpoint(run.checkpoints) if self.resume else None)
             partial = run.model.with_name("model.partial")
             trainer.save_model(str(partial))
-            if self.state.is_main_process:
-                self.tokenizer.save_pretrained(partial)
-                os.replace(partial, run.model)
-            self.state.wait_for_everyone()
+            self.on_main(lambda: self._keep_warm_start(partial))
         # read back: the policy then has an address, which adapters, references and cards refer to
-        model, _ = load_model(config.model.model_copy(update={"path": str(run.model), "tokenizer": None}))
+        path = str(run.model.resolve())
+        model, _ = load_model(
+            config.model.model_copy(update={"path": path, "tokenizer": None, "revision": None})
+        )
         return model
 
-    def _trainer(self, model: Any, rows: Dataset, rewards: Sequence[Reward]) -> Any:
-        config = self.config
-        peft_config = build_peft_config(config.model.adapter, model) if config.model.adapter else None
-        if config.task == "rlvr":
-            return grpo_trainer(config, self.run, model, self.tokenizer, rows, rewards, peft_config=peft_config)
-        return sft_trainer(self.run, config.trainer, model, self.tokenizer, rows, peft_config=peft_config)
+    def _keep_warm_start(self, partial: Path) -> None:
+        self.tokenizer.save_pretrained(partial)
+        partial.replace(self.run.warm_start.model)
+
+    def _trainer(self, model: Any, rows: Dataset, held_out: Dataset | None, rewards: Sequence[Reward]) -> Any:
+        options = {"held_out": held_out, "peft_config": self._peft_config(model)}
+        if self.config.task == "rlvr":
+            return grpo_trainer(
+                self.config, self.run, self.args, model, self.tokenizer, rows, rewards, **options
+            )
+        return sft_trainer(self.run, self.args, model, self.tokenizer, rows, **options)
+
+    def _train(self, trainer: Any) -> None:
+        checkpoint = newest_checkpoint(self.run.checkpoints) if self.resume else None
+        if checkpoint is not None:
+            self.say(f"going on from {checkpoint.name}")
+        elif self.resume:
+            self.say("no checkpoint was written yet: training starts at step 0")
+        run_training(trainer, checkpoint)
 
     def _evaluated(
-        self, when: str, model: Any, rows: Dataset | None, rewards: Sequence[Reward]
+        self, when: str, steps: int, model: Any, rows: Dataset | None, rewards: Sequence[Reward]
     ) -> Evaluation | None:
         """Evaluate on the held-out rows; the first reward decides what is correct."""
         settings = self.config.evaluate
         if settings is None or rows is None or not rewards or (when == "before" and not settings.before):
             return None
-        done = self._read_evaluation().get(when) if self.resume else None
-        if done:
-            return Evaluation.from_dict(done)
-        self._say(f"evaluating {when} training: {len(rows)} problems x {settings.samples} samples")
-        limit = settings.max_new_tokens or self.config.trainer.get("max_completion_length", 512)
-        device = self.state.device
-        result = evaluate(
-            model.to(device), self.tokenizer, rows, rewards[0].verify, settings, max_new_tokens=limit
-        )
-        if self.state.is_main_process:
-            write_json(self.run.evaluation, {**self._read_evaluation(), when: result.to_dict()})
-        self.state.wait_for_everyone()
+        done = self._stored(when, steps)
+        if done is not None:
+            return done
+        self.say(f"evaluating {when} training: {len(rows)} problems x {settings.samples} samples")
+        result = evaluate_model(self.config, model, self.tokenizer, rows, rewards[0])
+
+        def store() -> None:
+            stored = self._read_evaluation()
+            stored |= {when: result.to_dict(), "steps": {**stored.get("steps", {}), when: steps}}
+            write_json(self.run.evaluation, stored)
+
+        self.on_main(store)
         return result
 
-    def _read_evaluation(self) -> dict[str, Any]:
-        return json.loads(self.run.evaluation.read_text()) if self.run.evaluation.exists() else {}
-
-    def _compared(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any] | None:
-        if after is None:
+    def _stored(self, when: str, steps: int) -> Evaluation | None:
+        """Return an evaluation made before the run was stopped, if it is of this model and these settings."""
+        if not self.resume:
             return None
-        content: dict[str, Any] = {"before": before.to_dict() if before else None, "after": after.to_dict()}
-        content["difference"] = compare(before, after).to_dict() if before else None
-        if self.state.is_main_process:
-            write_json(self.run.evaluation, content)
+        stored = self._read_evaluation()
+        part = stored.get(when)
+        if part is None or stored.get("steps", {}).get(when) != steps:
+            return None
+        # as JSON has them
+        wanted = json.loads(json.dumps(evaluation_settings(self.config)))
+        return Evaluation.from_dict(part) if part["settings"] == wanted else None
+
+    def _read_evaluation(self) -> dict[str, Any]:
+        if not self.run.evaluation.exists():
+            return {}
+        content: dict[str, Any] = json.loads(self.run.evaluation.read_text(encoding="utf-8"))
         return content
 
-    def _exported(self, model: Any, rows: Dataset) -> tuple[str | None, str | None]:
+    def _compared(
+        self, before: Evaluation | None, after: Evaluation | None, steps: int
+    ) -> dict[str, Any] | None:
+        if after is None:
+            return None
+        content = {
+            "before": before.to_dict() if before else None,
+            "after": after.to_dict(),
+            "difference": compare(before, after).to_dict() if before else None,
+            "steps": {"before": 0, "after": steps},
+        }
+        write_json(self.run.evaluation, content)
+        return content
+
+    def _exported(self, model: Any, rows: Dataset) -> dict[str, Any]:
         settings = self.config.export
         if settings is None:
-            return None, None
-        folder = Path(settings.dir) if settings.dir else self.run.export
-        pushed = None
-        if self.state.is_main_process:
-            result = export_model(
-                model,
-                self.tokenizer,
-                folder,
-                format=settings.format,
-                card=card_of(self.run),
-                probe_texts=probe_texts(rows, self.tokenizer),
-            )
-            self._say(
-                f"exported ({result.format}) to {folder}; reloaded logits differ by at most "
-                f"{result.comparison.max_difference:.2g}"
-            )
-            if settings.push:
-                pushed = push(folder, settings.push, private=settings.private)
-                self._say(f"pushed to {pushed}")
-        self.state.wait_for_everyone()
-        return str(folder), pushed
+            return {}
+        done = publish(
+            model,
+            self.tokenizer,
+            Path(settings.dir).expanduser() if settings.dir else self.run.export,
+            run=self.run,
+            format=settings.format,
+            push_to=settings.push,
+            private=settings.private,
+            probe_texts=probe_texts(rows, self.tokenizer),
+        )
+        self.say(
+            f"exported ({done['format']}) to {done['folder']}; reloaded logits differ by at most "
+            f"{done['max_difference']:.2g}"
+        )
+        if done["pushed"]:
+            self.say(f"pushed to {done['pushed']}")
+        return done
 
 
 def probe_texts(rows: Dataset, tokenizer: Any, count: int = 4) -> list[str]:
@@ -289,15 +355,5 @@ def probe_texts(rows: Dataset, tokenizer: Any, count: int = 4) -> list[str]:
     column = next(name for name in ("prompt", "messages", "text") if name in rows.column_names)
     values = rows[:count][column]
     if isinstance(values[0], str):
-        return values
+        return list(values)
     return [tokenizer.apply_chat_template(value, tokenize=False) for value in values]
-
-
-def _interval(estimate: dict[str, Any], *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]"
-
-
-def _summary(part: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation without its per-problem records."""
-    return {key: value for key, value in part.items() if key != "problems"}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import GRPOConfig, SFTConfig
 
@@ -15,7 +15,7 @@ from posttrain.config.schema import RunConfig
 from posttrain.rl import registry
 from posttrain.rl.trainer import GRPOTrainer
 from posttrain.run.callbacks import ConsoleProgress, RunRecorder
-from posttrain.run.directory import RunDirectory
+from posttrain.run.directory import RunDirectory, RunError
 from posttrain.sft.trainer import SFTTrainer
 
 
@@ -24,6 +24,9 @@ def trl_config(cls: type, fields: Mapping[str, Any], run: RunDirectory, **ours: 
 
     Fields the user wrote win. Without an accelerator ``use_cpu`` is set (TRL raises otherwise) and mixed
     precision is off (TRL turns bfloat16 on, which a CPU emulates).
+
+    Raises:
+        RunError: TRL refuses the fields.
     """
     values: dict[str, Any] = {"output_dir": str(run.checkpoints), "report_to": "none", **ours}
     if not torch.accelerator.is_available():
@@ -31,28 +34,32 @@ def trl_config(cls: type, fields: Mapping[str, Any], run: RunDirectory, **ours: 
         if not fields.get("fp16"):
             values["bf16"] = False
     values |= fields
-    return cls(**values)
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{cls.__name__} refuses the fields under 'trainer': {error}") from error
 
 
 def sft_trainer(
     run: RunDirectory,
-    fields: Mapping[str, Any],
+    args: SFTConfig,
     model: Any,
     tokenizer: Any,
     train: Dataset,
     *,
+    held_out: Dataset | None = None,
     peft_config: Any = None,
     title: str = "sft",
 ) -> SFTTrainer:
     """Build the supervised trainer of a run or of its warm start."""
-    recorder = RunRecorder(run)
     trainer = SFTTrainer(
         model=model,
-        args=trl_config(SFTConfig, fields, run),
+        args=args,
         train_dataset=train,
+        eval_dataset=held_out if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[recorder],
+        callbacks=[RunRecorder(run)],
     )
     return _watched(trainer, title)
 
@@ -60,22 +67,23 @@ def sft_trainer(
 def grpo_trainer(
     config: RunConfig,
     run: RunDirectory,
+    args: GRPOConfig,
     model: Any,
     tokenizer: Any,
     train: Dataset,
     rewards: Sequence[Any],
     *,
+    held_out: Dataset | None = None,
     peft_config: Any = None,
 ) -> GRPOTrainer:
     """Build the reinforcement-learning trainer of a run."""
     recorder = RunRecorder(run)
     trainer = GRPOTrainer(
         model=model,
-        args=trl_config(
-            GRPOConfig, config.trainer, run, reward_weights=[reward.weight for reward in rewards]
-        ),
+        args=args,
         reward_funcs=list(rewards),
         train_dataset=train,
+        eval_dataset=held_out if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         peft_config=peft_config,
         callbacks=[recorder],
@@ -85,11 +93,20 @@ def grpo_trainer(
     return _watched(trainer, "rlvr")
 
 
+def run_training(trainer: Any, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint if there is one; the terminal is given back also when that fails."""
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ConsoleProgress):
+                callback.stop()
+
+
 def _watched(trainer: Any, title: str) -> Any:
-    """Replace transformers' bar and its printed dictionaries by one readable line."""
+    """Replace transformers' bar and the dictionaries it prints on stdout by one readable line."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
-        callback: type[TrainerCallback]
-        for callback in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(callback)
         trainer.add_callback(ConsoleProgress(title))
     return trainer

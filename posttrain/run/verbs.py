@@ -2,54 +2,73 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import yaml
 from accelerate import PartialState
 
 from posttrain.checkpointing.resume import newest_checkpoint
-from posttrain.config.schema import EvaluateConfig, ExportConfig, RunConfig
+from posttrain.config.schema import ExportConfig, RunConfig
 from posttrain.data.length import apply_length_policy
 from posttrain.data.load import load_data
 from posttrain.data.prompts import render
-from posttrain.evaluation.evaluate import evaluate
 from posttrain.evaluation.results import Evaluation
-from posttrain.export.card import card_of
-from posttrain.export.export import export_model
-from posttrain.export.push import push
 from posttrain.models.load import load_for_evaluation
+from posttrain.rewards.pool import VerifierStartError
 from posttrain.rewards.reward import build_rewards
 from posttrain.run.directory import RunDirectory, RunError, write_json
+from posttrain.run.evaluating import evaluate_model
+from posttrain.run.publish import publish
 
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportConfig.model_fields["format"].annotation)
 
 
 def run_of(path: str | Path) -> RunDirectory | None:
     """Return the run directory that ``path`` is or lies in, or None."""
-    start = Path(path)
+    start = Path(path).expanduser()
     if not start.exists():
         return None
     for folder in [start, *start.resolve().parents][:4]:
         run = RunDirectory(folder)
-        if run.config.exists() and run.manifest.exists():
+        if run.config.is_file() and run.manifest.is_file():
             return run
     return None
 
 
 def model_of(path: str | Path) -> str:
-    """Return the model folder to load for ``path``: a run stands for its newest checkpoint.
+    """Return the model folder to load for ``path``: a run stands for the model it trained.
+
+    That is its newest checkpoint, the best one when the run was to keep that
+    (``trainer.load_best_model_at_end``), or its export when no checkpoints were written.
 
     Raises:
-        RunError: A run directory without a checkpoint.
+        RunError: A run directory without any of them.
     """
-    run = RunDirectory(Path(path))
-    if not run.config.exists():
-        return str(path)
+    run = RunDirectory(Path(path).expanduser())
+    if not run.config.is_file():
+        return str(Path(path).expanduser()) if str(path).startswith("~") else str(path)
     checkpoint = newest_checkpoint(run.checkpoints)
+    if checkpoint is None and run.export.is_dir():
+        return str(run.export)
     if checkpoint is None:
-        raise RunError(f"{path} holds no checkpoint yet; train first, or name a model folder")
+        raise RunError(f"{path} holds no checkpoint and no export yet; train first, or name a model folder")
+    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    if config["trainer"].get("load_best_model_at_end"):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if state["best_model_checkpoint"]:
+            checkpoint = run.checkpoints / Path(state["best_model_checkpoint"]).name
     return str(checkpoint)
+
+
+def base_of(folder: str) -> Path | None:
+    """Return the base of an adapter that was trained on the warm start of its run, wherever that lies now."""
+    run = run_of(folder)
+    if run is None or not Path(folder).resolve().is_relative_to(run.checkpoints.resolve()):
+        return None
+    return run.warm_start.model if run.warm_start.model.is_dir() else None
 
 
 def config_of(path: str | Path) -> Path:
@@ -60,7 +79,9 @@ def config_of(path: str | Path) -> Path:
     """
     run = run_of(path)
     if run is None:
-        raise RunError(f"{path} does not lie in a run directory: say what to evaluate on with --config CONFIG.yaml")
+        raise RunError(
+            f"{path} does not lie in a run directory: say what to evaluate on with --config CONFIG.yaml"
+        )
     return run.config
 
 
@@ -73,33 +94,32 @@ def evaluate_path(path: str, config: RunConfig, *, out: Path | None = None) -> E
         out: Where to write the evaluation with all samples, as JSON.
 
     Raises:
-        RunError: The configuration has no rewards to judge with, or no held-out rows.
+        RunError: The configuration has no rewards to judge with, or they do not fit the data.
     """
     if not config.rewards:
         raise RunError("an evaluation needs a verifier: add rewards, for example rewards=[verifier]")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    settings = config.evaluate or EvaluateConfig()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     data = load_data(config.data, config.task)
     assert data.eval is not None
-    model, tokenizer = load_for_evaluation(model_of(path), config.model.dtype)
+    folder = model_of(path)
+    model, tokenizer = load_for_evaluation(
+        folder, config.model.dtype, base=base_of(folder), trust_remote_code=config.model.trust_remote_code
+    )
     rows = render(data.eval, tokenizer, config.data)
     rows, _ = apply_length_policy(rows, tokenizer, config.data.max_prompt_tokens, config.data.over_length)
-    rewards = build_rewards(config.rewards[:1], data)
     try:
-        result = evaluate(
-            model.to(PartialState(cpu=not torch.accelerator.is_available()).device),
-            tokenizer,
-            rows,
-            rewards[0].verify,
-            settings,
-            max_new_tokens=settings.max_new_tokens or config.trainer.get("max_completion_length", 512),
-        )
+        rewards = build_rewards(config.rewards[:1], data)
+    except (ValueError, VerifierStartError) as error:
+        raise RunError(str(error)) from error
+    try:
+        result = evaluate_model(config, model, tokenizer, rows, rewards[0])
     finally:
         for reward in rewards:
             reward.close()
-    if out is not None:
-        write_json(out, result.to_dict())
+    if out is not None and state.is_main_process:
+        write_json(out.expanduser(), result.to_dict())
     return result
 
 
@@ -108,8 +128,16 @@ def export_path(
 ) -> dict[str, Any]:
     """Export the model of a run or of one of its checkpoints, verified, and upload it if asked.
 
+    Args:
+        source: Run directory or model folder.
+        to: Target folder. When None: ``RUN/export``, or ``RUN/export-FORMAT`` for a format that was named, so
+            that a merged model does not replace the adapter.
+        format: One of :data:`EXPORT_FORMATS`.
+        push_to: Hub repository, or None.
+        private: Whether a repository that is created is private.
+
     Returns:
-        ``folder``, ``format``, ``max_difference`` of the reloaded logits, and ``pushed`` (address or None).
+        See :func:`posttrain.run.publish.publish`.
 
     Raises:
         RunError: ``source`` is not a run, and no target folder was given.
@@ -117,14 +145,26 @@ def export_path(
     run = run_of(source)
     if run is None and to is None:
         raise RunError(f"{source} does not lie in a run directory: name a target folder with --to")
-    model, tokenizer = load_for_evaluation(model_of(source))
-    target = to or run.export  # type: ignore[union-attr]
-    card = card_of(run) if run is not None else None
-    result = export_model(model, tokenizer, target, format=format, card=card)  # type: ignore[arg-type]
-    pushed = push(target, push_to, private=private) if push_to else None
-    return {
-        "folder": result.folder,
-        "format": result.format,
-        "max_difference": result.comparison.max_difference,
-        "pushed": pushed,
-    }
+    folder = model_of(source)
+    remote, dtype = False, "auto"
+    if run is not None:
+        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        remote, dtype = bool(config["model"]["trust_remote_code"]), config["model"]["dtype"]
+    model, tokenizer = load_for_evaluation(
+        folder,
+        dtype,  # type: ignore[arg-type]
+        base=base_of(folder),
+        trust_remote_code=remote,
+    )
+    if to is None:
+        assert run is not None
+        to = run.export if format == "auto" else run.root / f"export-{format}"
+    return publish(
+        model,
+        tokenizer,
+        to.expanduser(),
+        run=run,
+        format=format,  # type: ignore[arg-type]
+        push_to=push_to,
+        private=private,
+    )

@@ -1,0 +1,61 @@
+"""The evaluation of a run: on its held-out rows, judged by its first reward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+
+from posttrain.config.schema import EvaluateConfig, RunConfig
+from posttrain.evaluation.evaluate import evaluate
+from posttrain.evaluation.results import Evaluation
+from posttrain.rewards.reward import Reward, VerifierFailure
+
+
+def evaluation_settings(config: RunConfig) -> dict[str, Any]:
+    """Return everything that defines the numbers of an evaluation, as :class:`Evaluation` records it."""
+    settings = config.evaluate or EvaluateConfig()
+    return settings.model_dump(exclude={"before"}) | {"max_new_tokens": _limit(config)}
+
+
+def evaluate_model(
+    config: RunConfig, model: Any, tokenizer: Any, rows: Dataset, reward: Reward
+) -> Evaluation:
+    """Evaluate ``model`` on rendered held-out rows.
+
+    Raises:
+        VerifierFailure: The verifier failed on more completions than ``max_failures`` of the reward allows,
+            so that the numbers would say nothing about the model.
+    """
+    result = evaluate(
+        model.to(PartialState().device),
+        tokenizer,
+        rows,
+        reward.verify,
+        config.evaluate or EvaluateConfig(),
+        max_new_tokens=_limit(config),
+    )
+    _refuse_failing(result, reward)
+    return result
+
+
+def _limit(config: RunConfig) -> int:
+    limit = config.evaluate.max_new_tokens if config.evaluate else None
+    return int(limit or config.trainer.get("max_completion_length") or 512)
+
+
+def _refuse_failing(result: Evaluation, reward: Reward) -> None:
+    errors, timeouts = result.verdicts["error"], result.verdicts["timeout"]
+    total = sum(result.verdicts.values())
+    if errors + timeouts <= reward.config.max_failures * total:
+        return
+    samples = (sample for problem in result.problems for sample in problem.samples)
+    first = next(sample for sample in samples if sample.status in ("error", "timeout"))
+    raise VerifierFailure(
+        f"reward {reward.__name__!r}: {errors + timeouts} of {total} held-out completions ended in error "
+        f"({errors}) or timeout ({timeouts}); at most {reward.config.max_failures:.0%} may (max_failures). "
+        f"The verifier is at fault, not the model. First, for the completion {first.text[:80]!r}: "
+        f"{first.message}. "
+        "Fix the verifier, or raise its deadline, workers or params.memory_gib."
+    )
