@@ -1,10 +1,20 @@
 """Statistics of next-token distributions, tile by tile: the only place that touches vocabulary-sized tensors.
 
-:mod:`~posttrain.kernels.statistics` has the mathematics on plain tensors,
-:mod:`~posttrain.kernels.head` the LM head of a model and the watching of a forward.
+:mod:`~posttrain.kernels.statistics` and :mod:`~posttrain.kernels.divergence` have the mathematics on plain
+tensors, :mod:`~posttrain.kernels.head` the LM head of a model and the watching of a forward.
 """
 
+from posttrain.kernels.divergence import filtered_forward_kl
 from posttrain.kernels.head import LMHead, Scored, logit_scale_of, watch_head
 from posttrain.kernels.statistics import TILE, TokenStatistics, token_statistics
 
-__all__ = ["TILE", "LMHead", "Scored", "TokenStatistics", "logit_scale_of", "token_statistics", "watch_head"]
+__all__ = [
+    "TILE",
+    "LMHead",
+    "Scored",
+    "TokenStatistics",
+    "filtered_forward_kl",
+    "logit_scale_of",
+    "token_statistics",
+    "watch_head",
+]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from posttrain.kernels.divergence import filtered_forward_kl
 from posttrain.kernels.statistics import TILE, TokenStatistics, token_statistics
 
 # Names under which configurations of transformers keep a factor of the logits.
@@ -63,6 +64,7 @@ class LMHead:
         Under sharding this is a collective: every rank has to enter it equally often.
         """
         weight, bias = self.module.weight, getattr(self.module, "bias", None)
+        assert isinstance(weight, torch.Tensor)
         if hasattr(weight, "ds_status"):
             import deepspeed
             from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -74,8 +76,7 @@ class LMHead:
             with deepspeed.zero.GatheredParameters(missing) if missing else contextlib.nullcontext():
                 yield weight, bias
             return
-        full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in (weight, bias)]
-        yield full[0], full[1]
+        yield _full(weight), None if bias is None else _full(bias)
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,45 @@ class Scored:
                 entropy=entropy,
                 tile=tile,
             )
+
+    def forward_kl(
+        self,
+        where: torch.Tensor,
+        *,
+        min_ratio: float | None = None,
+        threshold: float | None = None,
+        tile: int = TILE,
+    ) -> torch.Tensor:
+        """Return KL(filtered policy || policy) of the N tokens at ``where``, with gradient; row by row.
+
+        See :func:`~posttrain.kernels.divergence.filtered_forward_kl`.
+
+        Raises:
+            ValueError: The head is sharded (DeepSpeed ZeRO-3, FSDP2): its gradient would be lost.
+        """
+        weight, bias = self.head.module.weight, getattr(self.head.module, "bias", None)
+        assert isinstance(weight, torch.Tensor)
+        if hasattr(weight, "ds_status") or hasattr(weight, "full_tensor"):
+            raise ValueError(
+                "the KL over the whole vocabulary needs the gradient of the LM head, which is sharded here: "
+                "use the sampled-token estimate (kl: k3), or ZeRO-2 or plain data parallelism"
+            )
+        return filtered_forward_kl(
+            self.hidden[where].to(weight.device),
+            weight,
+            bias=bias,
+            temperature=self.head.temperature,
+            logit_scale=self.head.logit_scale,
+            softcap=self.head.softcap,
+            min_ratio=min_ratio,
+            threshold=threshold,
+            tile=tile,
+        )
+
+
+def _full(parameter: torch.Tensor) -> torch.Tensor:
+    full_tensor = getattr(parameter, "full_tensor", None)
+    return parameter if full_tensor is None else full_tensor()
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ def token_statistics(
             f"give min_ratio or threshold, not both: found min_ratio={min_ratio}, threshold={threshold}"
         )
     columns: dict[str, list[torch.Tensor]] = {}
-    for rows, z in _tiles(hidden, weight, bias, temperature, logit_scale, softcap, tile):
+    for rows, z in tempered_tiles(hidden, weight, bias, temperature, logit_scale, softcap, tile):
         top = z.amax(dim=-1, keepdim=True)
         z.sub_(top)
         e = z.exp()
@@ -126,7 +126,7 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, temper
         raise ValueError(f"temperature must be > 0, found {temperature}")
 
 
-def _tiles(
+def tempered_tiles(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -135,7 +135,7 @@ def _tiles(
     softcap: float | None,
     tile: int,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (rows, their tempered logits (rows, V)); one empty tile when there are no rows."""
+    """Yield (rows, their tempered logits (rows, V)), which may be overwritten; one empty tile for no rows."""
     count, size = hidden.size(0), max(1, tile // weight.size(0))
     for start in range(0, max(count, 1), size):
         rows = slice(start, min(start + size, count))
@@ -163,6 +163,8 @@ def project(hidden: torch.Tensor, weight: torch.Tensor, tile: int = TILE) -> tor
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     if hidden.dtype == weight.dtype == dtype:
         return hidden @ weight.t()
+    if hidden.size(0) == 0:
+        return hidden.new_empty(0, weight.size(0), dtype=dtype)
     if hidden.is_cuda and hidden.dtype == weight.dtype:
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     hidden = hidden.to(dtype)
