@@ -61,7 +61,8 @@ class Setup:
         task: ``"rlvr"`` or ``"ttrl"`` in a config run, or None when the trainer is built in Python.
         rewards: Number of reward functions, or None when it is not known yet.
         ranks: Number of training processes of this launch.
-        reward_weights: Weight of each reward function by its name, in order, or None when not known yet.
+        reward_names: Names of the reward functions, or None when not known yet.
+        reward_weights: Their weights, or None when not known yet.
     """
 
     trainer: Mapping[str, Any]
@@ -70,7 +71,8 @@ class Setup:
     task: str | None = None
     rewards: int | None = None
     ranks: int = 1
-    reward_weights: Mapping[str, float] | None = None
+    reward_names: tuple[str, ...] | None = None
+    reward_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
