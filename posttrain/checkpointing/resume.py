@@ -6,24 +6,30 @@ Saving
     only deleted after the rename.
 
 Resuming
-    transformers restores weights, optimiser, scheduler, scaler, random states and the data order. This adds,
-    per rank, what it leaves out: rollouts that are buffered between generations, the position in them, sums
-    behind the numbers that are logged every few steps, and the state of methods.
+    transformers restores weights, optimiser, scheduler, scaler and random states, and skips the rows it has
+    seen. This adds, per rank, what it leaves out: rollouts that are buffered between generations, the place
+    in them, sums behind the numbers that are logged every few steps, the state of methods, and what decides
+    the order of the rows in the epoch that was cut (its number, for every sampler and for streams, which have
+    no length; the random state it began with).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
+import sys
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import TrainingArguments
@@ -31,11 +37,17 @@ from transformers.training_args import TrainingArguments
 logger = logging.getLogger(__name__)
 
 _STAGING = "_saving"  # the leading underscore keeps it out of Hub uploads
-_FORMAT = 1
+_FORMAT = 2
 # What the loop keeps between two logs; it is reset when training starts, so it is restored after that.
 _LOOP = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 # What TRL's trainers keep on themselves, where present.
 _TRAINER = ("_step", "_total_train_tokens", "_buffered_inputs")
+
+
+# accelerate calls the device of CPU rank 1 "cpu:1"; torch can write tensors there but not load them back
+torch.serialization.register_package(
+    15, lambda _: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
 
 
 class CheckpointError(RuntimeError):
@@ -51,6 +63,7 @@ class _RestoreLoop(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        del args, state, control, kwargs
         for name, value in self.trainer._pending_loop.items():
             setattr(self.trainer, name, value)
         self.trainer._pending_loop = {}
@@ -59,9 +72,14 @@ class _RestoreLoop(TrainerCallback):
 class ExactResume(Trainer):
     """Mixin; put it before the TRL trainer in the bases."""
 
+    # of TRL's trainers; transformers' own has neither
+    _metrics: dict[str, Any]
+    _logs: dict[str, Any]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pending_loop: dict[str, Any] = {}
         self._staging: Path | None = None
+        self._epoch_start: torch.Tensor = torch.get_rng_state()
         super().__init__(*args, **kwargs)
         self.add_callback(_RestoreLoop(self))
 
@@ -74,6 +92,7 @@ class ExactResume(Trainer):
             "shape": self._batch_shape(),
             "loop": {name: getattr(self, name) for name in _LOOP},
             "trainer": {name: getattr(self, name) for name in _TRAINER if hasattr(self, name)},
+            "epoch_start": self._epoch_start,
         }
         if hasattr(self, "_metrics"):
             state["metrics"] = {mode: dict(values) for mode, values in self._metrics.items()}
@@ -85,26 +104,50 @@ class ExactResume(Trainer):
         """Restore what :meth:`extra_state` returned.
 
         Raises:
-            CheckpointError: The batch layout changed while rollouts were buffered.
+            CheckpointError: The state is of another version of posttrain, or the batch layout changed while
+                rollouts were buffered.
         """
+        if state["format"] != _FORMAT:
+            raise CheckpointError(
+                f"the checkpoint's state has format {state['format']}, this version of posttrain reads "
+                f"{_FORMAT}: resume with the version that wrote it, or start a new run from its weights"
+            )
         found, needed = state["shape"], self._batch_shape()
         if found != needed and self._needs_buffer(state):
-            changed = [f"{key}: {found.get(key)} then, {needed.get(key)} now" for key in needed if found.get(key) != needed[key]]
+            changed = [
+                f"{key}: {found.get(key)} then, {needed[key]} now"
+                for key in needed
+                if found.get(key) != needed[key]
+            ]
             raise CheckpointError(
                 "the checkpoint holds rollouts that are not used up, and they do not fit this run "
-                f"({'; '.join(changed)}). Resume with the old settings, or from a checkpoint on a generation boundary."
+                f"({'; '.join(changed)}). Resume with the old settings, or from a checkpoint on a generation "
+                "boundary."
             )
-        self._pending_loop = state["loop"]
+        self._pending_loop = {
+            name: _to_device(value, self.args.device) for name, value in state["loop"].items()
+        }
+        self._epoch_start = state["epoch_start"]
         for name, value in state["trainer"].items():
             setattr(self, name, _to_device(value, self.args.device))
+        if found != needed:
+            self._restart_rollouts()
         for mode, values in state.get("metrics", {}).items():
             self._metrics[mode] = defaultdict(list, values)
         if "logs" in state:
             _restore_logs(self._logs, state["logs"])
 
+    def _restart_rollouts(self) -> None:
+        """Generate at once, and count micro-steps as if the run had always had this layout."""
+        if hasattr(self, "_buffered_inputs"):
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+            self._buffered_inputs = None
+
     def _batch_shape(self) -> dict[str, Any]:
         names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
-        shape = {name: getattr(self.args, name, None) for name in (*names, "num_iterations", "num_generations")}
+        shape = {
+            name: getattr(self.args, name, None) for name in (*names, "num_iterations", "num_generations")
+        }
         return {**shape, "world_size": self.args.world_size}
 
     @staticmethod
@@ -125,9 +168,8 @@ class ExactResume(Trainer):
         if self.args.should_save:
             shutil.rmtree(run_dir / _STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        push, best = self.args.push_to_hub, self.state.best_model_checkpoint
+        best = self.state.best_model_checkpoint
         try:
-            self.args.push_to_hub = False  # uploads follow the rename
             with self._stage(run_dir / _STAGING):
                 super()._save_checkpoint(model, trial)
             staged.mkdir(parents=True, exist_ok=True)
@@ -137,15 +179,18 @@ class ExactResume(Trainer):
                 self._correct_best_checkpoint(run_dir, best)
                 self.state.save_to_json(str(staged / "trainer_state.json"))
                 _flush_to_disk(staged)
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch reports a full disk as a RuntimeError of its zip writer; any other is not about writing
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
+            if self.args.should_save:
+                shutil.rmtree(run_dir / _STAGING, ignore_errors=True)
             last = newest_checkpoint(run_dir)
             kept = f"the last good one is {last.name}" if last else "no earlier one exists"
             raise CheckpointError(
                 f"could not write checkpoint {self.state.global_step} under {run_dir}: {error}; {kept}. "
                 "Free disk space (or lower save_total_limit) and resume."
             ) from error
-        finally:
-            self.args.push_to_hub = push
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             _replace(staged, final)
@@ -156,8 +201,12 @@ class ExactResume(Trainer):
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
-        if push:
+        if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # uploads follow the rename
+            super()._push_from_checkpoint(checkpoint_folder)
 
     @contextlib.contextmanager
     def _stage(self, folder: Path) -> Iterator[None]:
@@ -168,7 +217,7 @@ class ExactResume(Trainer):
             self._staging = None
 
     def _correct_best_checkpoint(self, run_dir: Path, before: str | None) -> None:
-        """Point ``best_model_checkpoint`` at its final place; transformers looked for it in the staging folder."""
+        """Point ``best_model_checkpoint`` at its final place; transformers looked in the staging folder."""
         self.state.best_model_checkpoint = before
         if self.state.best_global_step:
             best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
@@ -181,24 +230,69 @@ class ExactResume(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / _state_file(self.args.process_index)
+        own, first = (Path(checkpoint) / _state_file(rank) for rank in (self.args.process_index, 0))
+        path = own if own.exists() else first  # a rank that the run did not have: methods agree on all ranks
         if path.exists():
             self.load_extra_state(torch.load(path, map_location="cpu", weights_only=True))
             return
         logger.warning(
-            "%s holds no posttrain state (written by plain TRL, or by a run with another number of processes): "
-            "the resume is exact only on a generation boundary.",
+            "%s holds no posttrain state (plain TRL wrote it, or save_only_model was set): the resume is exact "
+            "only on a generation boundary, and methods start anew.",
             checkpoint,
         )
-        if hasattr(self, "_step"):
-            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        self._restart_rollouts()
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Return (epoch, micro-steps in it) to go on from."""
+        position: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        stream = num_train_epochs == sys.maxsize
+        if resume_from_checkpoint is None or not stream or self.args.ignore_data_skip:
+            return position
+        # transformers takes a stream for one endless epoch and would skip past its end; what it logs as the
+        # epoch is its number plus the part of max_steps taken in it
+        saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        epoch = max(math.ceil(saved.epoch or 0.0) - 1, 0)
+        done = ((saved.epoch or 0.0) - epoch) * saved.max_steps * self.args.gradient_accumulation_steps
+        return epoch, round(done)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # resumed from its last checkpoint, a finished run would take one step more
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        epoch, checkpoint = kwargs["epoch"], kwargs["resume_from_checkpoint"]
+        _set_epoch(kwargs["train_dataloader"], epoch)
+        if checkpoint is not None and epoch == kwargs["epochs_trained"]:
+            if kwargs["steps_trained_in_current_epoch"] > 0:
+                # samplers without a generator of their own draw the epoch's order now
+                torch.set_rng_state(self._epoch_start)
+            else:
+                self._load_rng_state(checkpoint)
+        self._epoch_start = torch.get_rng_state()
         super()._run_epoch(*args, **kwargs)
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the samplers under a data loader which epoch begins.
+
+    accelerate looks two wrappers deep only; a resumed loader on several ranks has three.
+    """
+    layers = [loader]
+    while layers:
+        layer = layers.pop()
+        if layer is not loader and hasattr(layer, "set_epoch"):
+            layer.set_epoch(epoch)
+        inner = (getattr(layer, name, None) for name in ("batch_sampler", "sampler"))
+        layers += [sampler for sampler in inner if sampler is not None]
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
@@ -218,7 +312,9 @@ def _state_file(rank: int) -> str:
 
 def _plain_logs(logs: dict[str, Any]) -> dict[str, Any]:
     """Return TRL's table of the latest completions as plain lists; images are left to the next generation."""
-    plain: dict[str, Any] = {name: _plain(list(logs[name])) for name in ("prompt", "completion", "advantages")}
+    plain: dict[str, Any] = {
+        name: _plain(list(logs[name])) for name in ("prompt", "completion", "advantages")
+    }
     for name in ("rewards", "extra"):
         plain[name] = {column: _plain(list(values)) for column, values in logs[name].items()}
     return plain
@@ -230,11 +326,14 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()  # scalars of numpy and torch
     return value if value is None or type(value) in (str, int, float, bool) else str(value)
 
 
 def _restore_logs(logs: dict[str, Any], plain: dict[str, Any]) -> None:
     for name in ("prompt", "completion", "advantages"):
+        logs[name].clear()
         logs[name].extend(plain[name])
     for name in ("rewards", "extra"):
         for column, values in plain[name].items():
