@@ -147,7 +147,15 @@ def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, dict[st
     spec = TASKS[config.task]
     adapter = config.model.adapter is not None
     problems, trainer = check_trainer(config.trainer, spec, ("trainer",), adapter=adapter)
-    more, methods = check_methods(config.methods, config.task, spec, trainer, config.trainer, adapter=adapter)
+    more, methods = check_methods(
+        config.methods,
+        config.task,
+        spec,
+        trainer,
+        config.trainer,
+        adapter=adapter,
+        rewards=len(config.rewards),
+    )
     problems += more
     problems += check_model(config.model)
     problems += check_data(config.data)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from posttrain.config.problems import KeyPath, Problem, nearest
 from posttrain.config.sentences import problems_of
 from posttrain.config.tasks import Task, TaskSpec
+from posttrain.config.trainer_rules import processes
 
 
 def check_methods(
@@ -21,6 +22,7 @@ def check_methods(
     written: Mapping[str, Any],
     *,
     adapter: bool,
+    rewards: int,
 ) -> tuple[list[Problem], dict[str, dict[str, Any]]]:
     """Check every method with its parameters, then each against the whole setup.
 
@@ -31,18 +33,25 @@ def check_methods(
         trainer: Every field of the TRL configuration with its value.
         written: The ``trainer:`` section as written, to point at the right line.
         adapter: Whether a PEFT adapter is trained.
+        rewards: Number of entries under ``rewards:``.
 
     Returns:
         The problems, and the parameters of the valid methods with defaults filled in.
     """
+    problems = [
+        Problem(
+            f"task {task!r} needs the method {name!r}", ("methods",), suggestion=f"add methods: {{{name}: }}"
+        )
+        for name in spec.requires
+        if name not in methods
+    ]
     if not methods:
-        return [], {}
+        return problems, {}
     if spec.methods is None:
         names = ", ".join(methods)
         fix = "drop the section, or set task: rlvr"
         return [Problem(f"task {task!r} has no methods, found {names}", ("methods",), suggestion=fix)], {}
     registry = importlib.import_module(spec.methods)
-    problems: list[Problem] = []
     built: dict[str, Any] = {}
     for name, params in methods.items():
         path: KeyPath = ("methods", name)
@@ -56,7 +65,7 @@ def check_methods(
             built[name] = cls.model_validate_json(json_text(params), strict=True)
         except ValidationError as error:
             problems += problems_of(error, cls, params, path)
-    problems += _conflicts(built, task, trainer, written, adapter)
+    problems += _conflicts(built, task, trainer, written, adapter, rewards)
     return problems, {name: method.model_dump(mode="json") for name, method in built.items()}
 
 
@@ -89,10 +98,18 @@ def _conflicts(
     trainer: Mapping[str, Any],
     written: Mapping[str, Any],
     adapter: bool,
+    rewards: int,
 ) -> Iterator[Problem]:
     from posttrain.rl.method import Method, Setup
 
-    setup = Setup(trainer=trainer, methods=tuple(built), adapter=adapter, task=task)
+    setup = Setup(
+        trainer=trainer,
+        methods=tuple(built),
+        adapter=adapter,
+        task=task,
+        rewards=rewards,
+        ranks=processes(),
+    )
     for name, method in built.items():
         if not isinstance(method, Method):
             continue

@@ -211,7 +211,9 @@ class RunConfig(Section):
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig
-    rewards: list[RewardConfig] = Field(default_factory=list, description="Rewards of an rlvr run.")
+    rewards: list[RewardConfig] = Field(
+        default_factory=list, description="Rewards; in a ttrl run one at most, for the metrics."
+    )
     methods: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Methods by name, with parameters."
     )

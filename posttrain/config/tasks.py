@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Task = Literal["sft", "rlvr"]
+Task = Literal["sft", "rlvr", "ttrl"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class TaskSpec:
         methods: Module with the ``resolve`` and ``available`` functions of its methods, None without methods.
         generates: Whether training samples groups of completions, so that GRPO's batch arithmetic applies.
         warm_start: Whether supervised fine-tuning may go before it.
+        requires: Methods that must be there.
     """
 
     config_class: str
@@ -25,11 +26,20 @@ class TaskSpec:
     methods: str | None = None
     generates: bool = False
     warm_start: bool = False
+    requires: tuple[str, ...] = ()
 
 
 TASKS: dict[Task, TaskSpec] = {
     "sft": TaskSpec("SFTConfig", "sft_config"),
     "rlvr": TaskSpec(
         "GRPOConfig", "grpo_config", methods="posttrain.rl.registry", generates=True, warm_start=True
+    ),
+    "ttrl": TaskSpec(
+        "GRPOConfig",
+        "grpo_config",
+        methods="posttrain.rl.registry",
+        generates=True,
+        warm_start=True,
+        requires=("ttrl",),
     ),
 }

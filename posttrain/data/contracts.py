@@ -52,6 +52,8 @@ CONTRACTS: dict[str, Contract] = {
     ),
 }
 
+CONTRACTS["ttrl"] = CONTRACTS["rlvr"]  # answers, where there are any, only serve the metrics
+
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "prompt": ("question", "instruction", "problem", "query", "input", "prompts", "user", "text", "context"),
     "answer": (

@@ -29,7 +29,7 @@ class CardData(TypedDict, total=False):
 
     Attributes:
         title: Heading; the folder's name when absent.
-        task: ``sft`` or ``rlvr``.
+        task: ``sft``, ``rlvr`` or ``ttrl``.
         base_model: What training started from, as the configuration names it.
         license: SPDX id; that of a local base's card when absent.
         methods: Parameters of each method, by name.
@@ -158,7 +158,11 @@ def _summary(card: CardData, result: ExportResult) -> str:
         "full": "A fully trained model",
     }[result.format]
     start = f" Training started from `{card['base_model']}`." if card.get("base_model") else ""
-    kind = {"sft": " by supervised fine-tuning", "rlvr": " by reinforcement learning from verifiable rewards"}
+    kind = {
+        "sft": " by supervised fine-tuning",
+        "rlvr": " by reinforcement learning from verifiable rewards",
+        "ttrl": " by reinforcement learning from majority votes, without labels",
+    }
     check = result.comparison
     return (
         f"{what} ({result.dtype}), trained with posttrain{kind.get(card.get('task', ''), '')}.{start}\n\n"

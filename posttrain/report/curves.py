@@ -26,6 +26,7 @@ MAIN = {
 }
 EXPECTED = {
     "rlvr": ("reward", "loss", "entropy", "completions/mean_length"),
+    "ttrl": ("reward", "ttrl/majority_ratio", "loss", "entropy", "completions/mean_length"),
     "sft": ("loss", "mean_token_accuracy"),
 }
 UPSTREAM = frozenset({"completions", "clip_ratio", "sampling", "tools", "eval", "profiling", "train"})

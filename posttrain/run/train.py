@@ -22,6 +22,7 @@ from trl import GRPOConfig, SFTConfig
 from posttrain.checkpointing.resume import newest_checkpoint
 from posttrain.config.load import resolved_yaml
 from posttrain.config.schema import RunConfig
+from posttrain.config.tasks import TASKS
 from posttrain.data.length import apply_length_policy
 from posttrain.data.load import LoadedData, load_data, load_warm_start
 from posttrain.data.prompts import render
@@ -176,8 +177,9 @@ class _Run:
             raise RunError(str(error)) from error
 
     def _arguments(self, rewards: Sequence[Reward]) -> Any:
-        if self.config.task == "rlvr":
-            weights = [reward.weight for reward in rewards]
+        if TASKS[self.config.task].generates:
+            # a vote takes the place of all rewards: the weight of the one behind the metrics is not its own
+            weights = None if self.config.task == "ttrl" else [reward.weight for reward in rewards]
             return trl_config(GRPOConfig, self.config.trainer, self.run, reward_weights=weights)
         return trl_config(SFTConfig, self.config.trainer, self.run)
 
@@ -260,7 +262,7 @@ class _Run:
 
     def _trainer(self, model: Any, rows: Dataset, held_out: Dataset | None, rewards: Sequence[Reward]) -> Any:
         options = {"held_out": held_out, "peft_config": self._peft_config(model)}
-        if self.config.task == "rlvr":
+        if TASKS[self.config.task].generates:
             return grpo_trainer(
                 self.config, self.run, self.args, model, self.tokenizer, rows, rewards, **options
             )

@@ -14,6 +14,7 @@ from trl import GRPOConfig, SFTConfig
 from posttrain.config.schema import RunConfig
 from posttrain.rl import registry
 from posttrain.rl.trainer import GRPOTrainer
+from posttrain.rl.ttrl import unlabelled
 from posttrain.run.callbacks import ConsoleProgress, RunRecorder
 from posttrain.run.directory import RunDirectory, RunError
 from posttrain.sft.trainer import SFTTrainer
@@ -81,7 +82,7 @@ def grpo_trainer(
     trainer = GRPOTrainer(
         model=model,
         args=args,
-        reward_funcs=list(rewards),
+        reward_funcs=list(rewards) or [unlabelled],
         train_dataset=train,
         eval_dataset=held_out if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
@@ -90,7 +91,7 @@ def grpo_trainer(
         methods=registry.build(config.methods),
     )
     recorder.trainer = trainer
-    return _watched(trainer, "rlvr")
+    return _watched(trainer, config.task)
 
 
 def run_training(trainer: Any, checkpoint: Path | None) -> None:
