@@ -14,6 +14,10 @@ from transformers import Trainer
 logger = logging.getLogger(__name__)
 
 
+# Keys of TRL's batches that hold token ids; position_ids, for one, end in the same letters.
+_TOKEN_IDS = frozenset({"input_ids", "prompt_ids", "completion_ids"})
+
+
 class FiniteGuard(Trainer):
     """Mixin that stops a run before a non-finite loss or gradient reaches the weights.
 
@@ -23,6 +27,11 @@ class FiniteGuard(Trainer):
     """
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as the trainer does.
+
+        Raises:
+            FloatingPointError: It is not finite; the rows are written down first.
+        """
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss.detach()).all():
@@ -40,20 +49,20 @@ class FiniteGuard(Trainer):
         scaling = getattr(self.accelerator, "scaler", None) is not None
         if norm is not None and not scaling and not math.isfinite(float(norm)):
             raise FloatingPointError(
-                f"the gradient norm is {float(norm)} after {self.state.global_step} optimiser steps, with a finite "
-                "loss; nothing was updated. Lower the learning rate, or train in bfloat16 or float32."
+                f"the gradient norm is {float(norm)} after {self.state.global_step} optimiser steps, with a "
+                "finite loss; nothing was updated. Lower the learning rate, or train in bfloat16 or float32."
             )
         return norm
 
     def _write_rows(self, inputs: dict[str, Any]) -> Path:
         """Write the tensors of a micro-batch as JSON, decoded where they are token ids."""
         rows: dict[str, Any] = {}
-        tokenizer = getattr(self, "_tokenizer", None) or self.processing_class
+        tokenizer: Any = getattr(self, "_tokenizer", None) or self.processing_class
         for key, value in inputs.items():
             if not isinstance(value, torch.Tensor) or value.numel() > 1_000_000:
                 continue
             rows[key] = value.detach().float().tolist() if value.is_floating_point() else value.tolist()
-            if key.endswith("_ids") and value.dim() == 2 and hasattr(tokenizer, "batch_decode"):
+            if key in _TOKEN_IDS and hasattr(tokenizer, "batch_decode"):
                 rows[f"{key}_text"] = tokenizer.batch_decode(value)
         folder = Path(self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)

@@ -236,8 +236,8 @@ class ExactResume(Trainer):
             self.load_extra_state(torch.load(path, map_location="cpu", weights_only=True))
             return
         logger.warning(
-            "%s holds no posttrain state (plain TRL wrote it, or save_only_model was set): the resume is exact "
-            "only on a generation boundary, and methods start anew.",
+            "%s holds no posttrain state (plain TRL wrote it, or save_only_model was set): the resume is "
+            "exact only on a generation boundary, and methods start anew.",
             checkpoint,
         )
         self._restart_rollouts()

@@ -1,10 +1,10 @@
 r"""ACE: asymmetric confidence penalties for errors (arXiv 2602.21420).
 
 Idea
-    All wrong completions of a group share one negative advantage, so a wrong path that training itself has
-    made *more* likely than under the initial policy is punished no harder than a harmless slip. ACE
-    multiplies the advantage of errors by a factor that grows smoothly with that drift; correct completions
-    are untouched.
+    All wrong completions of a group share one negative advantage, so a wrong path that training itself
+    has made *more* likely than under the initial policy is punished no harder than a harmless slip. ACE
+    multiplies the advantage of errors by a factor that grows smoothly with that drift; correct
+    completions are untouched.
 
 Formula
     For row i with T_i model-written tokens (mask m), in nats per token::
@@ -13,9 +13,9 @@ Formula
         w_i  = 1 + alpha * softplus(c_i)     if row i is an error, else 1
         A'_i = stop_gradient(w_i) * A_i
 
-    A' replaces A in the base objective (GRPO, DAPO, Dr.GRPO, ...); nothing else changes. A row is an error
-    when its advantage is negative (``error_set="negative_advantage"``), or when moreover its reward is
-    below ``reward_threshold`` (``"reward_below"``). A group whose rewards are all equal has no errors.
+    A' replaces A in the base objective (GRPO, DAPO, Dr.GRPO, ...); nothing else changes. A row is an
+    error when its advantage is negative (``error_set="negative_advantage"``), or when moreover its reward
+    is below ``reward_threshold`` (``"reward_below"``). A group whose rewards are all equal has no errors.
 
 Defaults and where they come from
     alpha 1.0 (best of the paper's sweep, as reported), softplus (ReLU was ablated and is worse), division
@@ -24,20 +24,38 @@ Defaults and where they come from
     verifier; its learning rate and batch size are unconfirmed.
 
 Needs
-    Log-probabilities under the fixed initial policy, also with ``beta=0``: one extra forward per rollout.
-    With an adapter that is the base model with the adapter disabled; with full fine-tuning a frozen copy.
+    Log-probabilities under the fixed initial policy, also with ``beta=0``: one extra forward per rollout,
+    without gradient. With full fine-tuning that is a frozen copy of the model (its memory once more);
+    with a new adapter the base model with the adapter switched off, ``modules_to_save`` included; with an
+    adapter that acts from the start (already trained, or PiSSA and its kin) a frozen copy of the adapter.
+    Ids, masks, temperature and fp32 accumulation are those of the policy, so c is 0 at the first step;
+    dropout is off in the reference, so a policy with dropout starts a little below 0.
 
 Composes with
-    Every TRL ``loss_type`` and both importance-sampling levels, LoRA, clip-higher, dynamic sampling, TTRL
-    (with a warning: an outvoted right answer counts as an error). Refused: ``sync_ref_model`` (the drift
-    would restart from zero at every synchronisation) and ``loss_type="luspo"`` with token-level sampling
-    only as far as TRL itself warns.
+    Every TRL ``loss_type`` (each is proportional to the advantage), both importance-sampling levels,
+    ``delta``, off-policy schedules (c stays that of the policy that generated), clip-higher, every
+    ``scale_rewards``, both reward aggregations, the vLLM correction (c uses the trainer's own
+    log-probabilities), LoRA. With ``loss_type="luspo"`` set ``importance_sampling_level="sequence"``, as
+    without ACE. With TTRL there is a warning: an outvoted right answer counts as an error. Refused:
+    ``sync_ref_model``, which moves the reference, so that the drift would start from zero again at every
+    synchronisation.
 
 When not to use it
-    When the reference log-probabilities are not affordable, when rewards are shaped so that a correct
-    answer can have a negative advantage (use ``reward_below`` then), or when you want pass@1 at any price:
-    too large an alpha lowers it. Note that c = 0 is not neutral: at the first step every error is already
-    amplified by 1 + alpha ln 2 (1.69 at alpha = 1), so compare runs at an equal effective negative step.
+    - When one more forward per rollout, or the copy of the model, is not affordable.
+    - When a correct answer can have a negative advantage, for example under a length penalty: then use
+      ``reward_below`` with a threshold that only failed answers fall under, or none of this.
+    - When you want pass@1 at any price: ACE is meant to keep pass@k up, and too large an alpha lowers
+      pass@1.
+    - When the verifier is unreliable: a right answer that is marked wrong is punished harder the surer
+      the policy is of it.
+    - To compare it with plain GRPO at an equal learning rate without care: c = 0 is not neutral. At the
+      first step every error is already amplified by 1 + alpha ln 2 (1.69 at alpha = 1), so give the
+      baseline the same negative step, or read ``ace/weight_mean``.
+
+What to watch
+    ``ace/shift_mean`` and ``ace/shift_max`` (c, nats per token), ``ace/error_rows`` and
+    ``ace/amplified_rows`` (parts of all rows), ``ace/weight_mean`` (w over all rows). w grows like alpha
+    c without bound: a ``shift_max`` above about 5 calls for ``c_clip``, or for a smaller learning rate.
 
 Official code
     None was found. Third-party snippets that use ``1 + alpha * max(c, 0)`` without the division by length
@@ -134,7 +152,9 @@ class ACE(Method):
     error_set: Literal["negative_advantage", "reward_below"] = Field(
         "negative_advantage", description="Which rows count as errors; both ask for a negative advantage."
     )
-    reward_threshold: float | None = Field(None, description="Rows with a reward strictly below it are errors.")
+    reward_threshold: float | None = Field(
+        None, description="With reward_below: rows with a reward strictly below it are errors."
+    )
     c_clip: float | None = Field(None, gt=0, description="Upper bound on the drift, ours; 5-20 is sensible.")
 
     @model_validator(mode="after")
@@ -148,13 +168,16 @@ class ACE(Method):
 
     @property
     def neutral(self) -> bool:
+        """With alpha 0 every weight is 1."""
         return self.alpha == 0
 
     @property
     def needs(self) -> frozenset[Need]:
+        """The other side of the drift."""
         return frozenset({"ref_logps"})
 
     def conflicts(self, setup: Setup) -> Iterator[Conflict]:
+        """Refuse a reference that moves; warn where right answers can count as errors."""
         if setup.trainer.get("sync_ref_model"):
             yield Conflict(
                 "ACE measures drift from a fixed reference, but sync_ref_model=true moves it and resets the "
@@ -171,14 +194,17 @@ class ACE(Method):
             # a per-token advantage is one row of one sign for the methods that come before ACE
             advantages = (advantages * tokens.mask).sum(dim=1)
         is_error = (advantages < 0) & ~tokens.tied
-        if self.error_set == "reward_below":
+        if self.reward_threshold is not None:
             is_error &= tokens.reward < self.reward_threshold
         return is_error
 
     def token_weights(self, tokens: Tokens) -> torch.Tensor | None:
+        """Return (B, 1) factors of the advantages, and log the gauges."""
         policy = tokens.old_logps if self.policy_logps == "old" else tokens.logps.detach()
         assert tokens.ref_logps is not None
-        shift = confidence_shift(policy, tokens.ref_logps, tokens.mask, length_normalize=self.length_normalize)
+        shift = confidence_shift(
+            policy, tokens.ref_logps, tokens.mask, length_normalize=self.length_normalize
+        )
         is_error = self.errors(tokens)
         weights = error_weights(
             shift, is_error, alpha=self.alpha, activation=self.activation, c_clip=self.c_clip

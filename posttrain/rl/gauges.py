@@ -28,15 +28,15 @@ class Gauges:
 
     def mean(self, name: str, values: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Log the mean of ``values``, over the entries where ``where`` is non-zero if it is given."""
-        values = values.detach().double()
-        chosen = torch.ones_like(values) if where is None else where.detach().double().expand_as(values)
+        values = _wide(values)
+        chosen = torch.ones_like(values) if where is None else _wide(where).expand_as(values)
         kept = torch.where(chosen != 0, values, torch.zeros_like(values))
-        self._sums[f"{self._method}/{name}"] = (kept.sum(), (chosen != 0).double().sum())
+        self._sums[f"{self._method}/{name}"] = (kept.sum(), _wide(chosen != 0).sum())
 
     def max(self, name: str, values: torch.Tensor) -> None:
         """Log the largest of ``values``; nothing when no rank has any."""
-        values = values.detach().double().flatten()
-        lowest = torch.full((1,), -torch.inf, dtype=torch.float64, device=values.device)
+        values = _wide(values).flatten()
+        lowest = torch.full((1,), -torch.inf, dtype=values.dtype, device=values.device)
         self._maxima[f"{self._method}/{name}"] = torch.cat([values, lowest]).max()
 
     def flush(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
@@ -47,8 +47,7 @@ class Gauges:
         packed = [torch.stack(self._sums[name]) for name in mean_names]
         maxima = [self._maxima[name] for name in max_names]
         local = torch.cat([*packed, torch.stack(maxima)] if maxima else packed).unsqueeze(0)
-        # float64 is not available on every backend (MPS); gauges do not need it across ranks
-        gathered = accelerator.gather(local.float() if local.device.type == "mps" else local).double().cpu()
+        gathered = accelerator.gather(local).cpu().double()
         self._sums, self._maxima = {}, {}
         totals = gathered[:, : 2 * len(mean_names)].sum(dim=0).view(-1, 2)
         means = {
@@ -58,3 +57,8 @@ class Gauges:
         }
         peaks = gathered[:, 2 * len(mean_names) :].amax(dim=0).tolist()
         return means, {name: peak for name, peak in zip(max_names, peaks, strict=True) if peak > -torch.inf}
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    # sums over many tokens; MPS has no float64
+    return values.detach().to(torch.float32 if values.device.type == "mps" else torch.float64)
