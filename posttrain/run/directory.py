@@ -137,14 +137,19 @@ class RunDirectory:
                 f"--overwrite keeps the replaced run as {self.old}, and what is there is no run: move it away"
             )
 
-    def move_aside(self) -> None:
-        """Keep a run that is replaced as RUN.old, instead of the one kept before; leave an empty folder."""
+    def move_aside(self) -> bool:
+        """Keep a run that is replaced as RUN.old, instead of the one kept before; leave an empty folder.
+
+        Returns:
+            Whether there was a run to keep: the folder of that name is then a new one.
+        """
         if not any(self.root.iterdir()):
-            return
+            return False
         if self.old.exists():
             shutil.rmtree(self.old)
         self.root.resolve().rename(self.old)
         self.root.resolve().mkdir()
+        return True
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Callable[[], None]]:

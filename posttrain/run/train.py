@@ -72,8 +72,8 @@ def train(
     with run.held() as hold_again:
 
         def replace() -> None:
-            run.move_aside()
-            hold_again()
+            if run.move_aside():
+                hold_again()
 
         clear = replace if overwrite else None
         return _Run(config, run, ranks, resume=resume, command=command, clear=clear).carry_out()
