@@ -14,9 +14,12 @@ seam                                    what is relied on
 fused LM head                           what the backbone returns goes through the head, nothing between
 ``_compute_loss``                       reads ``inputs["advantages"]`` after that call; (B, C) is allowed
 ``_compute_loss``                       reads ``inputs["ref_per_token_logps"]`` after that call
+KL term                                 :meth:`GRPOSeams.kl_term` reproduces it
+backbone                                its last output columns are the completion tokens
 advantages                              :func:`group_advantages` reproduces them
 divisors                                :func:`aggregate` reproduces each ``loss_type``'s
 ``_get_train_sampler``                  a RepeatSampler with its own generator
+``reward_func_names``                   :func:`reward_name` gives them
 ``_logs``                               the latest prompts, completions, rewards and advantages
 ======================================  =======================================================
 """
@@ -29,7 +32,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast, is_peft_model
 from torch.utils.data import Sampler
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
@@ -38,6 +41,7 @@ from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
     disable_dropout_in_model,
+    get_callable_name,
     get_config_model_id,
     nanstd,
     use_adapter,
@@ -82,7 +86,7 @@ def aggregate(
     Raises:
         ValueError: Unknown ``loss_type``.
     """
-    masked = values * mask
+    masked = values.masked_fill(mask == 0, 0.0)  # a product would let a NaN of a padded token through
     if loss_type in ("grpo", "sapo"):
         return (masked.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean() / accumulation
     if loss_type == "bnpo":
@@ -132,6 +136,15 @@ def group_advantages(
     return centred.flatten().nan_to_num(nan=0.0)
 
 
+def reward_name(function: Any) -> str:
+    """Return the name TRL gives to a reward function, a reward model or the path of one."""
+    if isinstance(function, str):
+        return function.split("/")[-1]
+    if isinstance(function, torch.nn.Module):
+        return str(get_config_model_id(function.config).split("/")[-1])
+    return str(get_callable_name(function))
+
+
 class EpochRepeatSampler(RepeatSampler):
     """TRL's sampler whose order depends on (seed, epoch) alone, so that a resumed run sees the same rows.
 
@@ -154,8 +167,14 @@ class GRPOSeams(TRLGRPOTrainer):
     hooked: bool = False
     #: Whether ``ref_per_token_logps`` must be in every batch, also with ``beta=0``.
     wants_reference: bool = False
+    #: Whether the model with its adapter differs from the base from the start; set like :attr:`hooked`.
+    _adapter_acts_at_start: bool = False
     #: Whether ``posttrain/old_logps`` must be in every on-policy batch.
     wants_old_logps: bool = False
+    #: Whether :meth:`refresh_reference` may be called.
+    wants_movable_reference: bool = False
+    #: Whether ``posttrain/embeddings`` must be in every batch.
+    wants_embeddings: bool = False
     #: Whether :attr:`live_head` must be there in the loss.
     wants_head: bool = False
     #: The same for the policy that generated: off-policy :meth:`on_old_head` is called in its log-prob pass.
@@ -169,11 +188,17 @@ class GRPOSeams(TRLGRPOTrainer):
         self._old_pass_is_next = False
         self._old_statistics: dict[str, torch.Tensor] = {}
         self.live_head: Scored | None = None
+        self._reference_moved = False
         super().__init__(*args, **kwargs)
-        if self.wants_reference and self.beta == 0.0:
+        if self.wants_reference or self.wants_movable_reference:
             self._build_reference()
+        if self.wants_movable_reference:
+            self._refuse_sharded_reference()
 
     # ---- hooks ------------------------------------------------------------------------------------------
+
+    def before_generation(self) -> None:
+        """Act on the policy or the reference, in training, while no rollout is in use."""
 
     def on_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
         """Reshape the gathered (rows of all ranks, functions) rewards."""
@@ -210,12 +235,16 @@ class GRPOSeams(TRLGRPOTrainer):
         return self._gathered_rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        if self.hooked and self.mode == "train":
+            self.before_generation()
         self._old_pass_is_next, self._old_statistics = self.wants_old_head and self.off_policy, {}
         batch = super()._generate_and_score_completions(inputs)
         batch.update(self._old_statistics)
-        if self.wants_old_logps and "old_per_token_logps" not in batch:
+        if self.wants_embeddings:
+            batch.update(self._embedded(batch))
+        elif self.wants_old_logps and "old_per_token_logps" not in batch:
             # under another name, so that TRL's own loss stays strictly on-policy
-            batch["posttrain/old_logps"] = self._logps_of_batch(self.model, batch)
+            batch["posttrain/old_logps"] = self._logps_of_batch(self.model, batch, self._rows_per_forward)
         if self.wants_reference and "ref_per_token_logps" not in batch:
             batch["ref_per_token_logps"] = self._reference_logps(batch)
         if self.hooked:
@@ -319,10 +348,29 @@ class GRPOSeams(TRLGRPOTrainer):
             items=items,
         )
 
+    def kl_term(self, batch: dict[str, Any], logps: torch.Tensor) -> torch.Tensor:
+        """(B, C), what TRL adds to its per-token loss for ``beta``, with gradient through ``logps``."""
+        difference = batch["ref_per_token_logps"] - logps
+        estimate = difference.exp() - difference - 1
+        if self.args.use_bias_correction_kl:
+            log_ratio = logps - batch.get("old_per_token_logps", logps.detach())
+            if self.importance_sampling_level == "sequence":
+                mask = self.loss_mask(batch)
+                tokens = mask.sum(-1, keepdim=True).clamp(min=1.0)
+                log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / tokens
+            estimate = estimate * log_ratio.exp()
+        return self.beta * estimate
+
     @property
     def accumulation(self) -> float:
         """Micro-steps of the current optimiser step, the divisor of every mean; 1 in evaluation."""
         return self.current_gradient_accumulation_steps if self.mode == "train" else 1.0
+
+    def texts_of(self, batch: dict[str, Any]) -> list[str]:
+        """Return this rank's completions of a generation batch as text, without special tokens."""
+        ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
+        rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+        return list(self._tokenizer.batch_decode(rows, skip_special_tokens=True))
 
     def scored_completions(self) -> tuple[list[Any], list[bool]]:
         """Return this rank's completions in the reward stage, and which of them were cut at the limit."""
@@ -405,15 +453,14 @@ class GRPOSeams(TRLGRPOTrainer):
     # ---- the reference policy ---------------------------------------------------------------------------
 
     def _build_reference(self) -> None:
-        """Make the initial policy available although ``beta=0`` made TRL skip it."""
+        """Make the initial policy available where TRL does not: with ``beta=0``, or hidden in an adapter."""
         policy = self.accelerator.unwrap_model(self.model)
         if is_peft_model(policy):
-            if self._adapter_is_pretrained:
-                # the initial policy is base + this adapter, so keep a frozen copy of it (as TRL does with beta > 0)
-                policy.add_adapter("ref", policy.peft_config["default"])
-                for name, parameter in policy.named_parameters():
-                    if ".default." in name:
-                        policy.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+            own = self._adapter_acts_at_start or self.wants_movable_reference
+            if own and "ref" not in policy.peft_config:
+                self._copy_adapter(policy)
+            return
+        if self.beta != 0.0:
             return
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             # parameters may be sharded: read the checkpoint again instead of copying them
@@ -439,8 +486,26 @@ class GRPOSeams(TRLGRPOTrainer):
         else:
             self._own_reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
-    #: Whether the model came with a trained adapter; set by the subclass before ``super().__init__``.
-    _adapter_is_pretrained: bool = False
+    def _copy_adapter(self, policy: Any) -> None:
+        """Keep a frozen copy named ``ref`` of the adapter: the initial policy is the base with it."""
+        trained = policy.active_adapters[0]
+        config = copy.deepcopy(policy.peft_config[trained])
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # PiSSA and its kin would change the base a second time
+        devices = [policy.device] if policy.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # adding an adapter draws its initial values
+            policy.add_adapter("ref", config)
+        for name, parameter in policy.named_parameters():
+            if f".{trained}." in name:
+                copied = policy.get_parameter(name.replace(f".{trained}.", ".ref."))
+                copied.data.copy_(parameter.data)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        policy = self.model if model is None else model
+        if is_peft_model(policy) and {"ref", "default"} <= policy.peft_config.keys():
+            # transformers loads adapters from subfolders (the reference) and then forgets the one beside them
+            policy.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     @contextlib.contextmanager
     def _reference_model(self) -> Iterator[torch.nn.Module]:
@@ -448,18 +513,97 @@ class GRPOSeams(TRLGRPOTrainer):
             yield self._own_reference
             return
         policy = self.accelerator.unwrap_model(self.model)
-        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-            yield self.model
+        training = policy.training
+        policy.eval()  # dropout belongs to training: the reference is one fixed policy
+        try:
+            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                yield self.model
+        finally:
+            policy.train(training)
+
+    def _refuse_sharded_reference(self) -> None:
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+            raise ValueError(
+                "the reference cannot be moved while parameters are sharded (FSDP, DeepSpeed ZeRO-3): use "
+                "ZeRO-2 or plain data parallelism, with an adapter if memory is short"
+            )
+
+    def _reference_tensors(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the tensors in which reference and policy can differ, in pairs."""
+        policy = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(policy):
+            trained = policy.active_adapters[0]
+            return [
+                (policy.get_parameter(name.replace(f".{trained}.", ".ref.")), parameter)
+                for name, parameter in policy.named_parameters()
+                if f".{trained}." in name
+            ]
+        reference = self._own_reference if self._own_reference is not None else self.ref_model
+        return list(zip(reference.parameters(), policy.parameters(), strict=True))
+
+    def refresh_reference(self) -> None:
+        """Make the current policy the reference, of the adapter or of all weights."""
+        for reference, policy in self._reference_tensors():
+            reference.data.copy_(policy.data)
+        self._reference_moved = True
+
+    def reference_state(self) -> dict[str, Any]:
+        """Return whether the reference moved and, on the main process, its tensors then."""
+        write = self._reference_moved and self.accelerator.is_main_process
+        pairs = self._reference_tensors() if write else []
+        return {"moved": self._reference_moved, "tensors": [tensor.detach().cpu() for tensor, _ in pairs]}
+
+    def load_reference_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`reference_state` returned. Collective."""
+        self._reference_moved = state["moved"]
+        if not self._reference_moved:
+            return
+        references = [reference for reference, _ in self._reference_tensors()]
+        if self.accelerator.is_main_process:
+            for reference, saved in zip(references, state["tensors"], strict=True):
+                reference.data.copy_(saved)
+        for reference in references:
+            broadcast(reference.data)
+
+    def _embedded(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return each row's mean final hidden state, and the old log-probs of that forward if wanted."""
+        mask = self.loss_mask(batch)
+        parts: list[torch.Tensor] = []
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        policy = policy.get_base_model() if is_peft_model(policy) else policy
+
+        def pool(module: torch.nn.Module, args: Any, output: Any) -> None:
+            del module, args
+            done = sum(len(part) for part in parts)
+            hidden = output.last_hidden_state[:, -mask.size(1) :].float()
+            rows = mask[done : done + len(hidden)].unsqueeze(2)
+            # a product would let a NaN of a padded position through
+            parts.append(hidden.masked_fill(rows == 0, 0.0).sum(dim=1) / rows.sum(dim=1).clamp(min=1))
+
+        handle = policy.base_model.register_forward_hook(pool)
+        try:
+            logps = self._logps_of_batch(self.model, batch, self._rows_per_forward)
+        finally:
+            handle.remove()
+        found = {"posttrain/embeddings": torch.cat(parts)}
+        if self.wants_old_logps and "old_per_token_logps" not in batch:
+            found["posttrain/old_logps"] = logps
+        return found
 
     def _reference_logps(self, batch: dict[str, Any]) -> torch.Tensor:
         """(B, C) log-probabilities of a generation batch under the initial policy."""
+        rows = self._rows_per_forward  # the reference is in evaluation mode, the run may be in training
         with self._reference_model() as reference:
-            return self._logps_of_batch(reference, batch)
+            return self._logps_of_batch(reference, batch, rows)
 
-    def _logps_of_batch(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-        """(B, C) log-probabilities of a generation batch under ``model``, without gradient."""
+    @property
+    def _rows_per_forward(self) -> int:
         training = self.mode == "train"
-        size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        return self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+
+    def _logps_of_batch(self, model: torch.nn.Module, batch: dict[str, Any], rows: int) -> torch.Tensor:
+        """(B, C) log-probabilities of a generation batch under ``model``, ``rows`` at a time, no gradient."""
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
@@ -469,7 +613,7 @@ class GRPOSeams(TRLGRPOTrainer):
                 torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
                 torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
                 batch["completion_ids"].size(1),
-                batch_size=size,
+                batch_size=rows,
                 **{key: batch[key] for key in _FORWARD_KEYS if key in batch},
             )
         return logps

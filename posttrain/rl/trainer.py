@@ -11,21 +11,23 @@ w >= 0 on the advantage is a weight on the policy term. TRL accepts per-token ad
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from trl import GRPOConfig
+from trl import GRPOTrainer as TRLGRPOTrainer
 
 from posttrain.checkpointing.resume import ExactResume
 from posttrain.guards import FiniteGuard
 from posttrain.kernels.head import Scored
 from posttrain.rl.gauges import Gauges
-from posttrain.rl.method import Conflict, Method, Need, Rollout, Samples, Setup, Tokens
-from posttrain.rl.seams import GRPOSeams
+from posttrain.rl.method import AllRows, Conflict, Method, Need, Rollout, Samples, Setup, Tokens
+from posttrain.rl.seams import GRPOSeams, group_advantages, reward_name
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +51,24 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
     def __init__(self, *args: Any, methods: Sequence[Method] = (), **kwargs: Any) -> None:
         self.methods: tuple[Method, ...] = tuple(methods)
         self._active = tuple(method for method in self.methods if not getattr(method, "neutral", False))
-        model = args[0] if args else kwargs.get("model")
-        config = kwargs.get("args") or next((arg for arg in args if isinstance(arg, GRPOConfig)), None)
-        adapter = isinstance(model, PeftModel) or kwargs.get("peft_config") is not None
-        functions = kwargs.get("reward_funcs", args[1] if len(args) > 1 else None)
-        check_methods(self.methods, config, adapter=adapter, rewards=_count(functions))
+        given = inspect.signature(TRLGRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        model, peft_config = given.get("model"), given.get("peft_config")
+        adapter = isinstance(model, PeftModel) or peft_config is not None
+        check_methods(
+            self.methods,
+            given.get("args"),
+            adapter=adapter,
+            # an environment may bring a reward of its own, which is not known yet
+            reward_names=None if given.get("environment_factory") else _names(given.get("reward_funcs")),
+        )
         self.hooked = bool(self._active)
         self.wants_reference = self._anyone_needs("ref_logps")
+        self.wants_movable_reference = self._anyone_needs("movable_reference")
         self.wants_old_logps = self._anyone_needs("old_logps")
+        self.wants_embeddings = self._anyone_needs("embeddings")
         self.wants_head = self._anyone_needs("head")
         self.wants_old_head = self._anyone_needs("old_head")
-        self._adapter_is_pretrained = isinstance(model, PeftModel)
+        self._adapter_acts_at_start = isinstance(model, PeftModel) or not _starts_empty(peft_config)
         self._gauges = Gauges()
         super().__init__(*args, **kwargs)
 
@@ -68,11 +77,19 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
 
     # ---- stages -----------------------------------------------------------------------------------------
 
+    def before_generation(self) -> None:
+        """Let a method make the current policy the reference."""
+        answers = [method.refresh_reference() for method in self._active]  # all: asking may reset a counter
+        if any(answers):
+            self.refresh_reference()
+
     def on_old_head(self, scored: Scored) -> dict[str, torch.Tensor]:
+        """Collect what methods carry from the policy that generated."""
         carried = [method.score_old(scored) for method in self._active]
         return {f"{_CARRY}carry/{key}": value for values in carried for key, value in values.items()}
 
     def on_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Take failed rows out, refuse infinite rewards, then let methods label and reshape."""
         rewards = self.drop_failed_rows(rewards)
         self.refuse_infinite_rewards(rewards)
         if self._active and self.mode == "train":
@@ -118,8 +135,8 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         if len(set(counts)) > 1 or len(set(per_rank)) > 1 or per_rank[0] == 0 or per_rank[0] % steps:
             raise ValueError(
                 "the rows that stay must be equally many in every group and on every rank, and a multiple of "
-                f"steps_per_generation={steps}; found {sorted(set(counts))} per group and {per_rank} per rank. "
-                "Choose per_device_train_batch_size so that a rank holds whole groups and a micro-step an "
+                f"steps_per_generation={steps}; found {sorted(set(counts))} per group and {per_rank} per rank"
+                ". Choose per_device_train_batch_size so that a rank holds whole groups and a micro-step an "
                 "equal share of each."
             )
         local = flat.view(ranks, -1)[self.accelerator.process_index].nonzero().flatten()
@@ -130,14 +147,15 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         return batch, rewards, size
 
     def on_rollout(self, batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
-        size = self.group_size
+        """Row and advantage stages."""
+        size, scored = self.group_size, rewards
         if self.mode == "train":
             batch, rewards, size = self._keep_rows(batch, rewards)
         reward, tied = self.group_rewards(rewards, size)
         rows = batch["prompt_ids"].size(0)
-        local = rewards[self.accelerator.process_index * rows :][:rows]
+        first = self.accelerator.process_index * rows
         rollout = Rollout(
-            rewards=local,
+            rewards=rewards[first:][:rows],
             reward=reward,
             tied=tied,
             advantages=batch["advantages"],
@@ -147,17 +165,36 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
             gauges=self._gauges,
             carry=_carried(batch),
             gather=self._gather_rows,
+            everyone=self._everyone(rewards, scored, size, first),
+            embeddings=batch.pop(f"{_CARRY}embeddings", None),
+            texts=lambda: self.texts_of(batch),
+            training=self.mode == "train",
         )
         for method in self._active:
             self._gauges.enter(method.name)
             rollout.advantages = method.advantages(rollout)
         self._log_gauges()
         batch["advantages"] = rollout.advantages
-        batch[f"{_CARRY}reward"], batch[f"{_CARRY}tied"] = reward, tied
+        batch[f"{_CARRY}reward"], batch[f"{_CARRY}tied"] = reward, rollout.tied
         batch.update({f"{_CARRY}carry/{key}": value for key, value in rollout.carry.items()})
         return batch
 
+    def _everyone(self, rewards: torch.Tensor, scored: torch.Tensor, size: int, first: int) -> AllRows:
+        one = torch.ones(1, device=rewards.device)
+        return AllRows(
+            rewards=rewards,
+            scored=scored,
+            names=tuple(self.reward_func_names),
+            weights=self.reward_weights.to(rewards.device),
+            group_size=size,
+            normalise=lambda values: group_advantages(
+                values.unsqueeze(1), one, size, scale=self.scale_rewards
+            ),
+            first=first,
+        )
+
     def on_tokens(self, batch: dict[str, Any], logps: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+        """Token stages: masks and factors of the KL term, then of the policy term through its advantages."""
         old_logps = batch.get("old_per_token_logps")
         self._tokens = Tokens(
             logps=logps,
@@ -171,8 +208,11 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
             gauges=self._gauges,
             carry=_carried(batch),
             head=self.live_head,
+            reduce=lambda values: self.accelerator.reduce(values, reduction="sum"),
+            training=self.mode == "train",
         )
         self._focus(batch)
+        self._weigh_kl(batch)
         advantages = batch["advantages"]
         for method in self._active:
             self._gauges.enter(method.name)
@@ -195,12 +235,29 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         advantages = batch["advantages"]
         columns = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         batch["advantages"] = columns * tokens.focus
+        self._keep_kl(batch, tokens.focus)
+
+    def _keep_kl(self, batch: dict[str, Any], where: torch.Tensor) -> None:
+        """Take TRL's KL term away where ``where``, (B, 1) or (B, C) bool, is False."""
         if self.beta != 0.0:
             # where the reference equals the policy, the KL estimate is 0 and so is its derivative
-            live = tokens.logps.detach()
-            batch["ref_per_token_logps"] = torch.where(tokens.focus, batch["ref_per_token_logps"], live)
+            live = self._tokens.logps.detach()
+            batch["ref_per_token_logps"] = torch.where(where, batch["ref_per_token_logps"], live)
+
+    def _weigh_kl(self, batch: dict[str, Any]) -> None:
+        """Take TRL's KL term away where its factor is 0; :meth:`on_loss` adds what other factors need."""
+        tokens = self._tokens
+        for method in self._active:
+            self._gauges.enter(method.name)
+            weights = method.kl_weights(tokens)
+            if weights is not None:
+                weights = weights.detach()
+                tokens.kl_weights = weights if tokens.kl_weights is None else tokens.kl_weights * weights
+        if tokens.kl_weights is not None and (tokens.kl_weights == 0).any():
+            self._keep_kl(batch, tokens.kl_weights != 0)
 
     def on_loss(self, loss: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        """Add the penalties, with the divisors of the base loss."""
         for method in self._active:
             self._gauges.enter(method.name)
             penalty = method.token_penalty(self._tokens)
@@ -212,6 +269,9 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
             mean = method.mean_penalty(self._tokens)
             if mean is not None:
                 loss = loss + mean / self.accumulation
+        weights = self._tokens.kl_weights
+        if self.beta != 0.0 and weights is not None and ((weights != 0) & (weights != 1)).any():
+            loss = loss + self.aggregate((weights - 1) * self.kl_term(batch, self._tokens.logps), batch)
         self._log_gauges()
         del self._tokens
         return loss
@@ -222,6 +282,7 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         return self.accelerator.gather(padded)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-step; the last one of an optimiser step also moves the methods' controllers."""
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             for method in self._active:
@@ -272,19 +333,30 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
     # ---- exact resume -----------------------------------------------------------------------------------
 
     def extra_state(self) -> dict[str, Any]:
+        """Return what this rank needs to go on, the state of every method included."""
         state = super().extra_state()
         state["methods"] = {method.name: method.state_dict() for method in self.methods}
+        if self.wants_movable_reference:
+            state["reference"] = self.reference_state()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`extra_state` returned.
+
+        Raises:
+            ValueError: The checkpoint was written with other methods.
+        """
         saved = state.pop("methods")
         if set(saved) != {method.name for method in self.methods}:
             raise ValueError(
                 f"the checkpoint was written with methods {sorted(saved)}, this run has "
-                f"{sorted(method.name for method in self.methods)}: resume with the same methods, or start a new run"
+                f"{sorted(method.name for method in self.methods)}: resume with the same methods, or start a "
+                "new run"
             )
         for method in self.methods:
             method.load_state_dict(saved[method.name])
+        if self.wants_movable_reference and "reference" in state:
+            self.load_reference_state(state.pop("reference"))
         super().load_extra_state(state)
 
 
@@ -294,15 +366,25 @@ def _carried(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): batch[key] for key in batch if key.startswith(prefix)}
 
 
-def _count(functions: Any) -> int | None:
-    """Return the number of reward functions as TRL takes them: one, a list, or None when unknown."""
+def _names(functions: Any) -> tuple[str, ...] | None:
+    """Return the names TRL gives to reward functions: one, a list, or None when unknown."""
     if functions is None:
         return None
-    return len(functions) if isinstance(functions, (list, tuple)) else 1
+    listed = functions if isinstance(functions, (list, tuple)) else [functions]
+    return tuple(reward_name(function) for function in listed)
+
+
+def _starts_empty(adapter: PeftConfig | None) -> bool:
+    """Whether a new adapter leaves the model as it is; PiSSA, OLoRA and others move weights into it."""
+    return getattr(adapter, "init_lora_weights", True) in (True, "gaussian", "eva", "orthogonal")
 
 
 def check_methods(
-    methods: Sequence[Method], config: GRPOConfig | None, *, adapter: bool, rewards: int | None = None
+    methods: Sequence[Method],
+    config: GRPOConfig | None,
+    *,
+    adapter: bool,
+    reward_names: tuple[str, ...] | None = None,
 ) -> list[Conflict]:
     """Refuse method combinations that cannot work; warn about doubtful ones.
 
@@ -310,7 +392,7 @@ def check_methods(
         methods: The methods of the run.
         config: The TRL configuration, or None for its defaults.
         adapter: Whether a PEFT adapter is trained.
-        rewards: Number of reward functions, None when unknown.
+        reward_names: Names of the reward functions, None when unknown.
 
     Returns:
         The warnings.
@@ -325,13 +407,18 @@ def check_methods(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"each method may be given once, found {', '.join(twice)} more than once")
+    weights = None if config is None else config.reward_weights
+    if reward_names is not None and weights is None:
+        weights = [1.0] * len(reward_names)
     fields = {name: field.default for name, field in GRPOConfig.__dataclass_fields__.items()}
     setup = Setup(
         trainer=vars(config) if config is not None else fields,
         methods=names,
         adapter=adapter,
-        rewards=rewards,
+        rewards=None if reward_names is None else len(reward_names),
         ranks=config.world_size if config is not None else 1,
+        reward_names=reward_names,
+        reward_weights=None if weights is None else tuple(weights),
     )
     conflicts = [conflict for method in methods for conflict in method.conflicts(setup)]
     fatal = [conflict.message for conflict in conflicts if conflict.fatal]
