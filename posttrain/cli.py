@@ -294,6 +294,60 @@ def report(
 
 
 @app.command()
+def sparsity(
+    base: Annotated[str, typer.Argument(help="The model before: folder, run directory or Hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The model after training; full weights, not an adapter.")],
+    other: Annotated[
+        str | None,
+        typer.Option("--other", help="A second run from the same base: how far the changed sets overlap."),
+    ] = None,
+    tolerances: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--tolerance", min=0, help="Largest difference that counts as none; 0 and 1e-5 when unset."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="Type both sides are rounded to: bfloat16, float16, float32, or stored."
+        ),
+    ] = "bfloat16",
+    rank: Annotated[
+        bool, typer.Option("--rank", help="Also the rank of each update; hours for a large model.")
+    ] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="One row per tensor instead of one per kind.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Report which weights a training changed: the share that did not, per kind of tensor and in all.
+
+    The checkpoints are read from their safetensors shards a block at a time, so size is no obstacle. The type
+    they are compared in decides the result and is printed; so is everything that could not be compared.
+    """
+    with reported_errors():
+        from posttrain.evaluation.sparsity import DTYPES, TOLERANCES, compare_checkpoints
+        from posttrain.evaluation.sparsity_table import print_sparsity
+        from posttrain.run.verbs import model_of
+
+        if dtype not in DTYPES:
+            request_error(f"--dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
+        report = compare_checkpoints(
+            model_of(base),
+            model_of(tuned),
+            None if other is None else model_of(other),
+            tolerances=tolerances or TOLERANCES,
+            dtype=dtype,  # type: ignore[arg-type]
+            rank=rank,
+        )
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            print_sparsity(report, stdout(), tensors=tensors)
+
+
+@app.command()
 def methods(
     name: Annotated[
         str | None,

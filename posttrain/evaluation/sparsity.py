@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -42,6 +42,7 @@ TOLERANCES = (0.0, 1e-5)
 """Exact equality, and the tolerance of the paper."""
 
 Dtype = Literal["bfloat16", "float16", "float32", "stored"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
 
 _HEAD = re.compile(r"(.*\.)?lm_head\.weight|embed_out\.weight|output\.weight")
 _EMBEDDINGS = (
