@@ -1,0 +1,258 @@
+"""Named alarms over what a run logs: what is going wrong, and what to try.
+
+A rule sees the smoothed history of the logs and fires once per run. The limits are parameters with defaults
+that are meant to be late rather than shrill.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from posttrain.run.directory import append_json_lines
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an alarm goes off.
+
+    Attributes:
+        patience: Logs over which a number is averaged, and the fewest needed.
+        entropy_low: Share of the starting entropy below which it has collapsed.
+        entropy_floor: Entropy in nats per token that counts as collapsed whatever the start.
+        entropy_high: Multiple of the starting entropy above which it blows up (and at least 1 nat more).
+        length_low: Share of the starting length below which completions have collapsed.
+        clipped: Share of completions cut at the limit.
+        dead_groups: Share of groups whose rewards are all equal.
+        failures: Share of verdicts that are errors or timeouts.
+        logp_gap: Mean rollout/trainer log-probability gap, nats per token.
+        held_out_drop: Fall of the held-out reward from its best while the training reward rises.
+    """
+
+    patience: int = 5
+    entropy_low: float = 0.1
+    entropy_floor: float = 0.02
+    entropy_high: float = 2.0
+    length_low: float = 0.3
+    clipped: float = 0.5
+    dead_groups: float = 0.8
+    failures: float = 0.05
+    logp_gap: float = 0.05
+    held_out_drop: float = 0.05
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something is going wrong.
+
+    Attributes:
+        name: Stable name, for scripts.
+        step: Optimiser step at which it was seen.
+        message: What was seen.
+        advice: What to try.
+    """
+
+    name: str
+    step: int
+    message: str
+    advice: str
+
+
+class History:
+    """Numbers logged so far, by name, without those that are missing or not finite."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, logs: Mapping[str, Any]) -> None:
+        """Take one log in."""
+        for name, value in logs.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                self._values.setdefault(name, []).append(float(value))
+
+    def start(self, name: str, count: int) -> float | None:
+        """Mean of the first ``count`` values, or None before there are that many."""
+        values = self._values.get(name, [])
+        return sum(values[:count]) / count if len(values) >= count else None
+
+    def now(self, name: str, count: int) -> float | None:
+        """Mean of the last ``count`` values, or None before there are twice that many."""
+        values = self._values.get(name, [])
+        return sum(values[-count:]) / count if len(values) >= 2 * count else None
+
+    def best(self, name: str) -> float | None:
+        """Largest value."""
+        return max(self._values[name]) if name in self._values else None
+
+    def last(self, name: str) -> float | None:
+        """Latest value."""
+        return self._values[name][-1] if name in self._values else None
+
+    def names(self) -> list[str]:
+        """Every name seen."""
+        return sorted(self._values)
+
+
+Rule = Callable[[History, Limits], tuple[str, str] | None]
+
+
+def entropy_collapse(history: History, limits: Limits) -> tuple[str, str] | None:
+    """The policy has become almost deterministic."""
+    start, now = history.start("entropy", limits.patience), history.now("entropy", limits.patience)
+    if start is None or now is None or now >= max(limits.entropy_low * start, limits.entropy_floor):
+        return None
+    return (
+        f"entropy fell from {start:.3g} to {now:.3g} nats per token",
+        "exploration is over: lower the learning rate, raise epsilon_high (0.28), or switch on a method that "
+        "keeps entropy (posttrain methods)",
+    )
+
+
+def entropy_blow_up(history: History, limits: Limits) -> tuple[str, str] | None:
+    """The policy is dissolving into noise."""
+    start, now = history.start("entropy", limits.patience), history.now("entropy", limits.patience)
+    if start is None or now is None or now <= max(limits.entropy_high * start, start + 1.0):
+        return None
+    return (
+        f"entropy rose from {start:.3g} to {now:.3g} nats per token",
+        "lower the learning rate, epsilon_high or the entropy bonus; look at the completions",
+    )
+
+
+def length_collapse(history: History, limits: Limits) -> tuple[str, str] | None:
+    """Completions have become a fraction of what they were."""
+    name = "completions/mean_length"
+    start, now = history.start(name, limits.patience), history.now(name, limits.patience)
+    if start is None or now is None or start < 8 or now >= limits.length_low * start:
+        return None
+    return (
+        f"completions shortened from {start:.0f} to {now:.0f} tokens",
+        "look whether the reward can be had without an answer; use loss_type=dapo or dr_grpo, which have no "
+        "length bias",
+    )
+
+
+def clipped_completions(history: History, limits: Limits) -> tuple[str, str] | None:
+    """Most completions are cut before they end."""
+    now = history.now("completions/clipped_ratio", limits.patience)
+    reward, best = history.now("reward", limits.patience), history.best("reward")
+    if now is None or now <= limits.clipped or (reward is not None and best is not None and reward >= 0.9 * best > 0):
+        return None
+    return (
+        f"{now:.0%} of the completions are cut at max_completion_length",
+        "raise max_completion_length, or set mask_truncated_completions=true",
+    )
+
+
+def dead_groups(history: History, limits: Limits) -> tuple[str, str] | None:
+    """Most groups have nothing to learn from."""
+    now, reward = history.now("frac_reward_zero_std", limits.patience), history.now("reward", limits.patience)
+    if now is None or now <= limits.dead_groups:
+        return None
+    level = "" if reward is None else f" at a mean reward of {reward:.3g}"
+    return (
+        f"{now:.0%} of the groups have equal rewards{level} and teach nothing",
+        "a high reward means the prompts are too easy, a low one too hard, an unchanging one a constant reward: "
+        "choose other prompts, raise num_generations, or refill dead groups with dynamic_sampling",
+    )
+
+
+def failing_verifier(history: History, limits: Limits) -> tuple[str, str] | None:
+    """A verifier errs or runs out of time too often."""
+    for name in history.names():
+        if name.startswith("verifier/") and name.endswith(("/error", "/timeout")):
+            now = history.now(name, limits.patience)
+            if now is not None and now > limits.failures:
+                _, verifier, kind = name.split("/", 2)
+                return (
+                    f"{now:.0%} of the verdicts of {verifier!r} end in {kind}",
+                    "see the status column of completions.jsonl; raise the deadline or mend the verifier",
+                )
+    return None
+
+
+def rollout_gap(history: History, limits: Limits) -> tuple[str, str] | None:
+    """The rollout engine and the trainer disagree about probabilities."""
+    now = history.now("sampling/sampling_logp_difference/mean", limits.patience)
+    if now is None or now <= limits.logp_gap:
+        return None
+    return (
+        f"rollout and trainer log-probabilities differ by {now:.3g} nats per token on average",
+        "check that both use one precision, one temperature and no truncated sampling (top_p, top_k, min_p)",
+    )
+
+
+def reward_without_gain(history: History, limits: Limits) -> tuple[str, str] | None:
+    """The training reward rises while the held-out one falls."""
+    start, now = history.start("reward", limits.patience), history.now("reward", limits.patience)
+    best, last = history.best("eval_reward"), history.last("eval_reward")
+    if start is None or now is None or best is None or last is None:
+        return None
+    if now <= start or best - last <= limits.held_out_drop:
+        return None
+    return (
+        f"training reward rose from {start:.3g} to {now:.3g}, held-out reward fell from {best:.3g} to {last:.3g}",
+        "the policy overfits or exploits the reward: stop at the best checkpoint, read completions, add prompts",
+    )
+
+
+RULES: dict[str, Rule] = {
+    "entropy_collapse": entropy_collapse,
+    "entropy_blow_up": entropy_blow_up,
+    "length_collapse": length_collapse,
+    "clipped_completions": clipped_completions,
+    "dead_groups": dead_groups,
+    "failing_verifier": failing_verifier,
+    "rollout_gap": rollout_gap,
+    "reward_without_gain": reward_without_gain,
+}
+
+
+class Alarms(TrainerCallback):
+    """Watches any TRL run: ``callbacks=[Alarms()]``.
+
+    Args:
+        path: File that gets one JSON object per alarm, or None.
+        limits: When alarms go off.
+    """
+
+    def __init__(self, path: Path | None = None, limits: Limits | None = None) -> None:
+        self.path = path
+        self.limits = limits or Limits()
+        self.history = History()
+        self.raised: dict[str, Alarm] = {}
+
+    def check(self, step: int) -> Iterator[Alarm]:
+        """Yield the alarms that go off now for the first time."""
+        for name, rule in RULES.items():
+            found = None if name in self.raised else rule(self.history, self.limits)
+            if found is not None:
+                self.raised[name] = Alarm(name, step, *found)
+                yield self.raised[name]
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take a log in and report new alarms, on the main process."""
+        if not state.is_world_process_zero or not logs:
+            return
+        self.history.add(logs)
+        for alarm in self.check(state.global_step):
+            logger.warning("%s at step %d: %s. %s", alarm.name, alarm.step, alarm.message, alarm.advice)
+            if self.path is not None:
+                append_json_lines(self.path, [asdict(alarm)])

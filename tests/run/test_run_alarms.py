@@ -1,0 +1,65 @@
+"""Each alarm goes off on the run it is for, once, and stays quiet on a healthy one."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from posttrain.run.alarms import RULES, Alarms, Limits
+
+HEALTHY = {
+    "entropy": 0.8,
+    "reward": 0.5,
+    "completions/mean_length": 100,
+    "completions/clipped_ratio": 0.05,
+    "frac_reward_zero_std": 0.3,
+    "verifier/math/timeout": 0.0,
+    "sampling/sampling_logp_difference/mean": 0.002,
+}
+
+
+def raised(before, after, tmp_path=None):
+    alarms = Alarms(tmp_path / "alarms.jsonl" if tmp_path else None, Limits(patience=3))
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0)
+    for logs in [HEALTHY | before] * 3 + [HEALTHY | after] * 6:
+        state.global_step += 10
+        alarms.on_log(None, state, None, logs=logs)
+    return alarms.raised
+
+
+CASES = {
+    "entropy_collapse": ({}, {"entropy": 0.01}),
+    "entropy_blow_up": ({}, {"entropy": 2.5}),
+    "length_collapse": ({}, {"completions/mean_length": 20}),
+    "clipped_completions": ({"reward": 0.5}, {"completions/clipped_ratio": 0.9, "reward": 0.1}),
+    "dead_groups": ({}, {"frac_reward_zero_std": 0.95}),
+    "failing_verifier": ({}, {"verifier/math/timeout": 0.2}),
+    "rollout_gap": ({}, {"sampling/sampling_logp_difference/mean": 0.2}),
+    "reward_without_gain": ({"eval_reward": 0.5}, {"reward": 0.9, "eval_reward": 0.3}),
+}
+
+
+def test_every_rule_has_a_case():
+    assert CASES.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_alarm(name, tmp_path):
+    found = raised(*CASES[name], tmp_path)
+    assert list(found) == [name]
+    lines = (tmp_path / "alarms.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == [name]  # once, however long it lasts
+    assert found[name].advice
+    assert 30 < found[name].step <= 60  # after the healthy part, within its patience
+
+
+def test_a_healthy_run_is_quiet():
+    assert raised({}, {"reward": 0.8, "entropy": 0.5, "completions/mean_length": 90, "eval_reward": 0.7}) == {}
+
+
+def test_missing_and_broken_numbers_are_left_out():
+    assert raised({"entropy": None}, {"entropy": float("nan"), "reward": None}) == {}
+
+
+def test_clipping_that_pays_is_no_alarm():
+    assert raised({"reward": 0.1}, {"completions/clipped_ratio": 1.0, "reward": 1.0}) == {}
