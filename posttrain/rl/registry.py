@@ -31,6 +31,8 @@ def available() -> dict[str, type[Method]]:
         module = importlib.import_module(f"posttrain.rl.{module_info.name}")
         for _, cls in inspect.getmembers(module, inspect.isclass):
             if issubclass(cls, Method) and cls is not Method and cls.__module__ == module.__name__:
+                if not hasattr(cls, "name"):
+                    raise TypeError(f"{cls.__module__}.{cls.__name__} has no name: set name, title and paper")
                 if cls.name in found:
                     raise ValueError(f"two methods are called {cls.name!r}: {found[cls.name]} and {cls}")
                 found[cls.name] = cls
