@@ -4,6 +4,8 @@ A rule sees the smoothed history of the logs and fires once per run. The limits 
 that are meant to be late rather than shrill.
 """
 
+# ruff: noqa: ARG002 - names and arguments of the hooks are those of transformers.TrainerCallback
+
 from __future__ import annotations
 
 import logging
@@ -17,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from posttrain.run.directory import append_json_lines
+from posttrain.run.directory import append_json_lines, keep_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +148,11 @@ def clipped_completions(history: History, limits: Limits) -> tuple[str, str] | N
     """Most completions are cut before they end."""
     now = history.now("completions/clipped_ratio", limits.patience)
     reward, best = history.now("reward", limits.patience), history.best("reward")
-    if now is None or now <= limits.clipped or (reward is not None and best is not None and reward >= 0.9 * best > 0):
+    if (
+        now is None
+        or now <= limits.clipped
+        or (reward is not None and best is not None and reward >= 0.9 * best > 0)
+    ):
         return None
     return (
         f"{now:.0%} of the completions are cut at max_completion_length",
@@ -162,8 +168,8 @@ def dead_groups(history: History, limits: Limits) -> tuple[str, str] | None:
     level = "" if reward is None else f" at a mean reward of {reward:.3g}"
     return (
         f"{now:.0%} of the groups have equal rewards{level} and teach nothing",
-        "a high reward means the prompts are too easy, a low one too hard, an unchanging one a constant reward: "
-        "choose other prompts, raise num_generations, or refill dead groups with dynamic_sampling",
+        "a high reward means the prompts are too easy, a low one too hard, an unchanging one a constant "
+        "reward: choose other prompts, raise num_generations, or refill dead groups with dynamic_sampling",
     )
 
 
@@ -201,8 +207,10 @@ def reward_without_gain(history: History, limits: Limits) -> tuple[str, str] | N
     if now <= start or best - last <= limits.held_out_drop:
         return None
     return (
-        f"training reward rose from {start:.3g} to {now:.3g}, held-out reward fell from {best:.3g} to {last:.3g}",
-        "the policy overfits or exploits the reward: stop at the best checkpoint, read completions, add prompts",
+        f"training reward rose from {start:.3g} to {now:.3g}, held-out reward fell from {best:.3g} to "
+        f"{last:.3g}",
+        "the policy overfits or exploits the reward: stop at the best checkpoint, read completions, add "
+        "prompts",
     )
 
 
@@ -239,6 +247,17 @@ class Alarms(TrainerCallback):
             if found is not None:
                 self.raised[name] = Alarm(name, step, *found)
                 yield self.raised[name]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the history of a run that is resumed; what it said already is not said again."""
+        self.history = History()
+        for logs in state.log_history:
+            self.history.add(logs)
+        if self.path is not None and state.is_world_process_zero:
+            earlier = keep_json_lines(self.path, lambda row: row["step"] <= state.global_step)
+            self.raised = {row["name"]: Alarm(**row) for row in earlier}
 
     def on_log(
         self,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -74,6 +75,8 @@ class RunRecorder(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         row = {"step": state.global_step, "seconds": round(time.monotonic() - self._started, 3), **logs}
+        if self.trainer is not None and "reward" in logs:
+            row |= usefulness(self.trainer.last_completions(), self.trainer.num_generations)
         append_json_lines(self.run.metrics, [row])
         summary_of_a_logged_step = "train_runtime" in logs and _was_logged(state)
         if self.trainer is not None and "reward" in logs and not summary_of_a_logged_step:
@@ -87,6 +90,25 @@ class RunRecorder(TrainerCallback):
         """Name the verdict of the first reward, which decides what is correct, ``status``."""
         own = f"{self.trainer.reward_func_names[0]}_status"
         return {"status" if key == own else key: value for key, value in row.items()}
+
+
+def usefulness(rows: Sequence[Mapping[str, Any]], group_size: int) -> dict[str, float]:
+    """Return how much of the latest generation can teach something.
+
+    Args:
+        rows: ``completion`` and ``advantage`` of each, groups contiguous.
+        group_size: Completions per prompt.
+
+    Returns:
+        ``groups/useful``, the share of groups with an advantage that is not zero, and
+        ``completions/distinct``, the mean share of different completions in a group; nothing without rows.
+    """
+    groups = [rows[start : start + group_size] for start in range(0, len(rows), group_size)]
+    if not groups:
+        return {}
+    useful = [any(row["advantage"] for row in group) for group in groups]
+    distinct = [len({str(row["completion"]) for row in group}) / len(group) for group in groups]
+    return {"groups/useful": sum(useful) / len(groups), "completions/distinct": sum(distinct) / len(groups)}
 
 
 def _was_logged(state: TrainerState) -> bool:

@@ -62,6 +62,11 @@ class RunDirectory:
         return self.root / "completions.jsonl"
 
     @property
+    def alarms(self) -> Path:
+        """What went wrong under way, one JSON object per alarm."""
+        return self.root / "alarms.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """The trainer's output folder."""
         return self.root / "checkpoints"

@@ -15,6 +15,7 @@ from posttrain.config.schema import RunConfig
 from posttrain.rl import registry
 from posttrain.rl.trainer import GRPOTrainer
 from posttrain.rl.ttrl import unlabelled
+from posttrain.run.alarms import Alarms
 from posttrain.run.callbacks import ConsoleProgress, RunRecorder
 from posttrain.run.directory import RunDirectory, RunError
 from posttrain.sft.trainer import SFTTrainer
@@ -62,7 +63,7 @@ def sft_trainer(
         peft_config=peft_config,
         callbacks=[RunRecorder(run)],
     )
-    return _watched(trainer, title)
+    return _watched(trainer, run, title)
 
 
 def grpo_trainer(
@@ -91,7 +92,7 @@ def grpo_trainer(
         methods=registry.build(config.methods),
     )
     recorder.trainer = trainer
-    return _watched(trainer, config.task)
+    return _watched(trainer, run, config.task)
 
 
 def run_training(trainer: Any, checkpoint: Path | None) -> None:
@@ -104,8 +105,9 @@ def run_training(trainer: Any, checkpoint: Path | None) -> None:
                 callback.stop()
 
 
-def _watched(trainer: Any, title: str) -> Any:
-    """Replace transformers' bar and the dictionaries it prints on stdout by one readable line."""
+def _watched(trainer: Any, run: RunDirectory, title: str) -> Any:
+    """Replace transformers' bar and the dictionaries it prints by one readable line, and set the alarms."""
+    trainer.add_callback(Alarms(run.alarms))
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from posttrain.run.alarms import RULES, Alarms, Limits
+from posttrain.run.callbacks import usefulness
 
 HEALTHY = {
     "entropy": 0.8,
@@ -54,7 +55,9 @@ def test_alarm(name, tmp_path):
 
 
 def test_a_healthy_run_is_quiet():
-    assert raised({}, {"reward": 0.8, "entropy": 0.5, "completions/mean_length": 90, "eval_reward": 0.7}) == {}
+    assert (
+        raised({}, {"reward": 0.8, "entropy": 0.5, "completions/mean_length": 90, "eval_reward": 0.7}) == {}
+    )
 
 
 def test_missing_and_broken_numbers_are_left_out():
@@ -63,3 +66,28 @@ def test_missing_and_broken_numbers_are_left_out():
 
 def test_clipping_that_pays_is_no_alarm():
     assert raised({"reward": 0.1}, {"completions/clipped_ratio": 1.0, "reward": 1.0}) == {}
+
+
+def test_a_resumed_run_does_not_repeat_itself(tmp_path):
+    raised(*CASES["dead_groups"], tmp_path)
+    alarms = Alarms(tmp_path / "alarms.jsonl", Limits(patience=3))
+    history = [HEALTHY | {"frac_reward_zero_std": 0.95} for _ in range(6)]
+    state = SimpleNamespace(is_world_process_zero=True, global_step=90, log_history=history)
+    alarms.on_train_begin(None, state, None)
+    alarms.on_log(None, state, None, logs=history[0])
+    assert len((tmp_path / "alarms.jsonl").read_text().splitlines()) == 1
+    # resumed from before the alarm, the history is that of the checkpoint and the line is written anew
+    state.global_step = 10
+    alarms.on_train_begin(None, state, None)
+    assert (tmp_path / "alarms.jsonl").read_text() == ""
+
+
+def test_usefulness():
+    rows = [
+        {"completion": "a", "advantage": 0.0},
+        {"completion": "a", "advantage": 0.0},
+        {"completion": "a", "advantage": 1.0},
+        {"completion": "b", "advantage": -1.0},
+    ]
+    assert usefulness(rows, 2) == {"groups/useful": 0.5, "completions/distinct": 0.75}
+    assert usefulness([], 2) == {}
