@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import GRPOConfig
+from trl import GRPOConfig, SFTConfig
 
 CHARACTERS = string.ascii_lowercase + string.digits + " +-=.?"
 
@@ -26,7 +26,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model(seed: int = 0, *, tied: bool = False, dtype: torch.dtype = torch.float32, **overrides: Any) -> LlamaForCausalLM:
+def model(
+    seed: int = 0, *, tied: bool = False, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> LlamaForCausalLM:
     """A two-layer Llama that answers in microseconds."""
     settings: dict[str, Any] = {
         "vocab_size": len(CHARACTERS) + 3,
@@ -51,13 +53,46 @@ def prompts(rows: int = 16) -> Dataset:
     return Dataset.from_dict({"prompt": [f"{words[i % len(words)]} {i}?" for i in range(rows)]})
 
 
+def answers(rows: int = 24) -> Dataset:
+    """Prompts of different lengths with completions of different lengths."""
+    words = ["one", "two and two", "three", "four plus 1", "five", "a 6", "seven or 7"]
+    prompts_ = [f"{words[i % 7]} {i}?" for i in range(rows)]
+    return Dataset.from_dict(
+        {"prompt": prompts_, "completion": [" " + words[i % 5] * (1 + i % 3) for i in range(rows)]}
+    )
+
+
+def sft_config(output_dir: Any, **overrides: Any) -> SFTConfig:
+    settings: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "max_steps": 10,
+        "max_length": 64,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return SFTConfig(**(settings | overrides))
+
+
 def letter_reward(completions: list[str], **kwargs: Any) -> list[float]:
     """Share of the letter e; differs within groups from the first step on."""
     return [text.count("e") / max(len(text), 1) for text in completions]
 
 
 def lora(**overrides: Any) -> LoraConfig:
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    settings: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+    }
     return LoraConfig(**(settings | overrides))
 
 

@@ -17,7 +17,9 @@ def rollout(prompts, trainer):
     tokenizer = support.tokenizer()
     completion_ids = []
     for i, prompt in enumerate(prompts):
-        digest = hashlib.sha256(f"{prompt}/{i % trainer.num_generations}/{trainer.state.global_step}".encode()).digest()
+        digest = hashlib.sha256(
+            f"{prompt}/{i % trainer.num_generations}/{trainer.state.global_step}".encode()
+        ).digest()
         completion_ids.append([3 + byte % 40 for byte in digest[: 2 + digest[-1] % 7]])
     return {
         "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
@@ -45,7 +47,14 @@ def main(out: str, per_device: int, accumulation: int, loss_type: str) -> None:
     )
     trainer.train()
     if trainer.accelerator.is_main_process:
-        keys = ("loss", "grad_norm", "ace/shift_mean", "ace/shift_max", "ace/amplified_rows", "ace/weight_mean")
+        keys = (
+            "loss",
+            "grad_norm",
+            "ace/shift_mean",
+            "ace/shift_max",
+            "ace/amplified_rows",
+            "ace/weight_mean",
+        )
         weights = {name: value.double().sum().item() for name, value in trainer.model.state_dict().items()}
         Path(out).write_text(json.dumps({"logs": support.logged(trainer, *keys), "weights": weights}))
 

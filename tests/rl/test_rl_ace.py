@@ -105,7 +105,9 @@ def test_error_sets():
 
 def test_all_equal_rewards_have_no_errors():
     # eight times 0.1 leaves -7.4e-5 in float32: not an error
-    assert torch.equal(ACE().token_weights(tokens(advantages=[-7.4e-5] * 4, tied=True)), torch.ones(4, 1).double())
+    assert torch.equal(
+        ACE().token_weights(tokens(advantages=[-7.4e-5] * 4, tied=True)), torch.ones(4, 1).double()
+    )
 
 
 def test_per_token_advantages_go_by_their_sum():
@@ -177,7 +179,10 @@ def test_weights_properties(shifts, alpha, activation):
 @given(st.integers(0, 5))
 def test_padding_changes_nothing(columns):
     policy, reference, mask = sheet()
-    more = [torch.nn.functional.pad(t, (0, columns), value=v) for t, v in ((policy, -9.0), (reference, 4.0), (mask, 0))]
+    more = [
+        torch.nn.functional.pad(t, (0, columns), value=v)
+        for t, v in ((policy, -9.0), (reference, 4.0), (mask, 0))
+    ]
     assert torch.equal(confidence_shift(*more), confidence_shift(policy, reference, mask))
 
 
@@ -193,7 +198,9 @@ def test_theorem_one_identity():
     shift = confidence_shift(logp.unsqueeze(1), log_ref.unsqueeze(1), torch.ones(4, 1))
     weights = error_weights(shift, wrong)
     assert a_wrong == near(-0.6377315)
-    difference = torch.autograd.grad((p * (weights - 1) * advantage * logp).sum(), logits, retain_graph=True)[0]
+    difference = torch.autograd.grad((p * (weights - 1) * advantage * logp).sum(), logits, retain_graph=True)[
+        0
+    ]
     assert difference.tolist() == near([0.1064308, 0.0100663, -0.1300581, 0.0135610])
     c = logp - log_ref
     r_sel = (logp.exp() * wrong * torch.nn.functional.softplus(c)).sum()
@@ -306,14 +313,22 @@ def test_loss_is_trl_on_reweighted_advantages(settings, adapter, tmp_path, monke
     base = support.model()
     if settings.get("beta") and not adapter:
         base.save_pretrained(tmp_path / "base")
-        monkeypatch.setattr("trl.trainer.grpo_trainer.get_config_model_id", lambda config: str(tmp_path / "base"))
-    trainer = build(tmp_path, [ACE(alpha=1.3)], adapter=adapter, temperature=0.7, steps_per_generation=2, **settings)
+        monkeypatch.setattr(
+            "trl.trainer.grpo_trainer.get_config_model_id", lambda config: str(tmp_path / "base")
+        )
+    trainer = build(
+        tmp_path, [ACE(alpha=1.3)], adapter=adapter, temperature=0.7, steps_per_generation=2, **settings
+    )
     trainer.current_gradient_accumulation_steps = 1
-    trainer.reward_funcs = [lambda completions, **kwargs: [float(i % 4 == 0) for i in range(len(completions))]]
+    trainer.reward_funcs = [
+        lambda completions, **kwargs: [float(i % 4 == 0) for i in range(len(completions))]
+    ]
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
-                parameter.add_(0.15 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+                parameter.add_(
+                    0.15 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                )
     trainer.model.train()
     rows = [{"prompt": f"say {i // 4}?"} for i in range(8)]
     batch = trainer._generate_and_score_completions(rows)
@@ -328,7 +343,9 @@ def test_loss_is_trl_on_reweighted_advantages(settings, adapter, tmp_path, monke
         return torch.log_softmax(logits, -1).gather(2, batch["completion_ids"].unsqueeze(2)).squeeze(2)
 
     with torch.no_grad():
-        shift = (full_logps(trainer.model) - full_logps(base if not adapter else support.model())) * batch["completion_mask"]
+        shift = (full_logps(trainer.model) - full_logps(base if not adapter else support.model())) * batch[
+            "completion_mask"
+        ]
         c = shift.sum(1) / batch["completion_mask"].sum(1)
         w = torch.where(batch["advantages"] < 0, 1 + 1.3 * torch.log1p(c.exp()), 1.0).float()
     assert (c.abs() > 0.01).all()
@@ -340,7 +357,9 @@ def test_loss_is_trl_on_reweighted_advantages(settings, adapter, tmp_path, monke
     assert ours.item() == pytest.approx(expected.item(), abs=2e-5)
     assert abs(ours.item() - plain.item()) > 1e-3
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    for left, right in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(expected, trained), strict=True):
+    for left, right in zip(
+        torch.autograd.grad(ours, trained), torch.autograd.grad(expected, trained), strict=True
+    ):
         assert torch.allclose(left, right, atol=1e-4, rtol=1e-3)
 
 

@@ -17,9 +17,18 @@ def run(tmp_path, name, *, per_device, accumulation=1, ranks=1, loss_type="dapo"
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launcher, str(TESTS / "rl" / "ranks.py"), str(out), str(per_device), str(accumulation), loss_type]
+    command = [
+        *launcher,
+        str(TESTS / "rl" / "ranks.py"),
+        str(out),
+        str(per_device),
+        str(accumulation),
+        loss_type,
+    ]
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 

@@ -142,7 +142,9 @@ def test_every_loss_type_of_trl_has_a_divisor():
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_sampler_follows_upstream_over_epochs_and_jumps(shuffle):
-    settings = dict(data_source=list(range(9)), mini_repeat_count=2, batch_size=3, repeat_count=2, shuffle=shuffle, seed=5)
+    settings = dict(
+        data_source=list(range(9)), mini_repeat_count=2, batch_size=3, repeat_count=2, shuffle=shuffle, seed=5
+    )
     upstream, ours = RepeatSampler(**settings), EpochRepeatSampler(**settings)
     epochs = [list(upstream) for _ in range(4)]
     for epoch in (0, 1, 2, 3, 1, 3, 0):
@@ -159,7 +161,9 @@ def test_logs_seam_holds_the_latest_generation(tmp_path):
     assert [row["prompt"] for row in latest] == [row["prompt"] for row in rows()]
     assert [row["advantage"] for row in latest] == batch["advantages"].tolist()
     for row in latest:
-        assert row["rewards"] == {"letter_reward": pytest.approx(support.letter_reward([row["completion"]])[0])}
+        assert row["rewards"] == {
+            "letter_reward": pytest.approx(support.letter_reward([row["completion"]])[0])
+        }
 
 
 def test_group_rewards(tmp_path):
