@@ -244,7 +244,7 @@ def evaluate_model(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="Run directory, or a checkpoint of one.")],
+    source: Annotated[str, typer.Argument(help="Run directory, or a checkpoint of one.")],
     to: Annotated[
         Path | None,
         typer.Option("--to", help="Target folder; RUN/export when unset, RUN/export-FORMAT with --format."),

@@ -8,6 +8,14 @@ _REQUEST_ERRORS = frozenset({"ConfigError", "DataError", "ModelLoadError", "RunE
 _RUN_ERRORS = frozenset(
     {"ExportError", "PushError", "CheckpointError", "VerifierFailure", "VerifierStartError"}
 )
+# What libraries say when something of ours or the user's is the cause.
+_EXPLAINED = {
+    "probability tensor contains either `inf`, `nan`": (
+        "the model gives probabilities that are not finite, so nothing can be sampled from it: its weights have "
+        "blown up, or were broken from the start. Lower the learning rate, train in bfloat16 or float32, and go "
+        "on from a checkpoint before that"
+    ),
+}
 
 
 def is_request_error(error: BaseException) -> bool:
@@ -20,6 +28,9 @@ def describe(error: BaseException) -> str:
     text = str(error).strip()
     if _is_ours(error, _RUN_ERRORS) or (isinstance(error, FloatingPointError) and text):
         return text
+    for words, meaning in _EXPLAINED.items():
+        if words in text:
+            return f"{meaning}. [{type(error).__name__}: {text}]"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

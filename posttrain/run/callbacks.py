@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -114,6 +115,34 @@ def usefulness(rows: Sequence[Mapping[str, Any]], group_size: int) -> dict[str, 
 def _was_logged(state: TrainerState) -> bool:
     """Whether the current step has a log of its own, beside the summary at the end of training."""
     return any(row["step"] == state.global_step and "loss" in row for row in state.log_history[-3:])
+
+
+class FiniteWeights(TrainerCallback):
+    """Refuses to save weights that are not finite: a resume would go on from the newest checkpoint.
+
+    A finite loss and gradient do not exclude them: weight decay or a large step can overflow afterwards.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check(state, control, kwargs["model"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check(state, control, kwargs["model"])
+
+    def _check(self, state: TrainerState, control: TrainerControl, model: torch.nn.Module) -> None:
+        if not control.should_save:
+            return
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter.detach()).all():
+                raise FloatingPointError(
+                    f"the weights are not finite after {state.global_step} optimiser steps (first: {name}); they "
+                    "were not saved, and earlier checkpoints are untouched. Lower the learning rate or the weight "
+                    "decay, and go on with --resume."
+                )
 
 
 class ConsoleProgress(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -34,14 +35,12 @@ def check_continuation(run: RunDirectory, config: RunConfig, fingerprint: str) -
     now = json.loads(json.dumps(config.model_dump(mode="json")))
     try:
         then = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-        before, after = _flat(then), _flat(now)
-        fixed = (_flat(_identity(then, run)), _flat(_identity(now, run)))
+        refused = _changes(_identity(then, run), _identity(now, run))
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise RunError(
             f"{run.config} is damaged, so it cannot be told whether the run is the same ({error}). Restore "
             "it, or start a new run with run_dir=..."
         ) from error
-    refused = _changes(*fixed)
     if refused:
         raise RunError(
             f"--resume goes on with the run in {run.root}, and this is another one: {'; '.join(refused)}. "
@@ -53,7 +52,7 @@ def check_continuation(run: RunDirectory, config: RunConfig, fingerprint: str) -
             f"--resume goes on with the run in {run.root}, but the rows of {config.data.source} have changed "
             "since it was started. Put the old data back, or start a new run with run_dir=..."
         )
-    return _changes(before | {"run_dir": ""}, after | {"run_dir": ""})
+    return _changes(then | {"run_dir": None}, now | {"run_dir": None})
 
 
 def _identity(config: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
@@ -71,24 +70,27 @@ def _identity(config: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
     return parts
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings and lists by their dotted paths; empty containers are leaves."""
-    if isinstance(value, dict) and value:
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        items = [(str(index), item) for index, item in enumerate(value)]
+def _changes(then: Any, now: Any, path: str = "") -> list[str]:
+    """Name the smallest parts that differ, by their dotted paths."""
+    if then == now:
+        return []
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys: Sequence[Any] = list(dict.fromkeys([*then, *now]))
+        pairs = [(then.get(key), now.get(key)) for key in keys]
+    elif (
+        isinstance(then, list)
+        and isinstance(now, list)
+        and len(then) == len(now)
+        and isinstance(now[0], dict)
+    ):
+        keys, pairs = range(len(now)), list(zip(then, now, strict=True))
     else:
-        return {prefix: value}
-    return {
-        path: leaf
-        for key, item in items
-        for path, leaf in _flat(item, f"{prefix}.{key}" if prefix else key).items()
-    }
-
-
-def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    keys = [key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key)]
-    return [f"{key} was {_shown(then.get(key))}, now {_shown(now.get(key))}" for key in keys]
+        return [f"{path} was {_shown(then)}, now {_shown(now)}"]
+    return [
+        change
+        for key, (old, new) in zip(keys, pairs, strict=True)
+        for change in _changes(old, new, f"{path}.{key}" if path else str(key))
+    ]
 
 
 def _shown(value: Any) -> str:

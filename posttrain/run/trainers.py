@@ -16,7 +16,7 @@ from posttrain.rl import registry
 from posttrain.rl.trainer import GRPOTrainer
 from posttrain.rl.ttrl import unlabelled
 from posttrain.run.alarms import Alarms
-from posttrain.run.callbacks import ConsoleProgress, RunRecorder
+from posttrain.run.callbacks import ConsoleProgress, FiniteWeights, RunRecorder
 from posttrain.run.directory import RunDirectory, RunError
 from posttrain.sft.trainer import SFTTrainer
 
@@ -61,7 +61,7 @@ def sft_trainer(
         eval_dataset=held_out if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[RunRecorder(run)],
+        callbacks=[RunRecorder(run), FiniteWeights()],
     )
     return _watched(trainer, run, title)
 
@@ -88,7 +88,7 @@ def grpo_trainer(
         eval_dataset=held_out if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[recorder],
+        callbacks=[recorder, FiniteWeights()],
         methods=registry.build(config.methods),
     )
     recorder.trainer = trainer

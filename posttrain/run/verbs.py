@@ -124,7 +124,7 @@ def evaluate_path(path: str, config: RunConfig, *, out: Path | None = None) -> E
 
 
 def export_path(
-    source: Path, *, to: Path | None, format: str, push_to: str | None, private: bool
+    source: str | Path, *, to: Path | None, format: str, push_to: str | None, private: bool
 ) -> dict[str, Any]:
     """Export the model of a run or of one of its checkpoints, verified, and upload it if asked.
 
