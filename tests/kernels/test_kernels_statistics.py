@@ -139,6 +139,16 @@ def test_only_what_is_asked_for():
     assert not found.logps.requires_grad
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_a_gpu_is_not_rounded(dtype):
+    hidden, weight, bias, ids = (t.cuda() for t in inputs(dtype))
+    found = token_statistics(hidden, weight, ids, bias=bias, entropy=True, min_ratio=0.07)
+    wanted = expected(full_logps(hidden, weight, bias), ids, min_ratio=0.07)
+    for name in ("logps", "max_logps", "entropies", "log_mass"):
+        assert torch.allclose(getattr(found, name).double(), wanted[name], atol=1e-5)
+
+
 class Largest(TorchDispatchMode):
     """Records the most elements any operation returned."""
 
