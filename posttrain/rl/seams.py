@@ -141,7 +141,8 @@ def reward_name(function: Any) -> str:
     if isinstance(function, str):
         return function.split("/")[-1]
     if isinstance(function, torch.nn.Module):
-        return str(get_config_model_id(function.config).split("/")[-1])
+        config: Any = function.config
+        return str(get_config_model_id(config).split("/")[-1])
     return str(get_callable_name(function))
 
 
@@ -155,6 +156,7 @@ class EpochRepeatSampler(RepeatSampler):
     def set_epoch(self, epoch: int) -> None:
         """Put the generator where it stands at the start of ``epoch`` (0-based)."""
         if self.shuffle:
+            assert self.seed is not None  # TRL passes args.seed
             self.generator.manual_seed(self.seed)
             for _ in range(epoch):
                 torch.randperm(self.num_samples, generator=self.generator)
@@ -162,6 +164,16 @@ class EpochRepeatSampler(RepeatSampler):
 
 class GRPOSeams(TRLGRPOTrainer):
     """TRL's trainer with four hooks; with :attr:`hooked` False it is TRL, bit for bit."""
+
+    # What TRL's annotations leave open: they are those of transformers' Trainer.
+    args: Any  # a GRPOConfig; its fields are typed for the command line, not for what __post_init__ leaves
+    model: Any
+    ref_model: Any
+    _logs: Any
+    _own_reference: Any
+    num_generations: int
+    num_generations_eval: int
+    max_completion_length: int
 
     #: Set by the subclass before ``super().__init__``: whether the hooks are called at all.
     hooked: bool = False
@@ -184,7 +196,7 @@ class GRPOSeams(TRLGRPOTrainer):
         self._open_batch: dict[str, Any] | None = None
         self._gathered_rewards: torch.Tensor | None = None
         self._scored: tuple[Any, Any] = ([], [])
-        self._own_reference: torch.nn.Module | None = None
+        self._own_reference = None
         self._old_pass_is_next = False
         self._old_statistics: dict[str, torch.Tensor] = {}
         self.live_head: Scored | None = None
@@ -301,7 +313,7 @@ class GRPOSeams(TRLGRPOTrainer):
             self._old_statistics = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        upstream = super()._get_train_sampler(dataset)
+        upstream: Any = super()._get_train_sampler(dataset)
         return EpochRepeatSampler(
             data_source=upstream.data_source,
             mini_repeat_count=upstream.mini_repeat_count,
