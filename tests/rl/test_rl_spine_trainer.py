@@ -9,7 +9,7 @@ import torch
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from posttrain import GRPOTrainer
-from posttrain.rl import ACE, Spine
+from posttrain.rl import ACE, LpReg, Spine
 from posttrain.rl.spine import quantile_forks
 
 
@@ -67,6 +67,11 @@ def example(tmp_path, monkeypatch, methods, dtype=torch.float64):
         "posttrain/reward": torch.tensor([1.0, 0.0]),
         "posttrain/tied": torch.tensor([False, False]),
     }
+    if any(method.name == "lp_reg" for method in methods):
+        # log proxy of the sheet minus log pi_old; row 0 has a positive advantage and is never looked at
+        proxy = torch.tensor([[-math.inf] * 3, [-0.18, -2.9, -math.inf]], dtype=dtype)
+        batch["posttrain/carry/lp_reg/gap"] = proxy - old
+        trainer.wants_old_head = False  # no model runs here
     loss = trainer.compute_loss(trainer.model, batch)
     by_logp, by_entropy = torch.autograd.grad(loss, [live, entropies], allow_unused=True)
     return loss.item(), by_logp, by_entropy
@@ -82,6 +87,32 @@ def test_integration_example_ace_and_mask(tmp_path, monkeypatch):
     weight = 1 + math.log1p(math.exp(0.2))
     expected = torch.tensor([[-1.0], [weight]]) * ratio / 6 * torch.tensor([0, 1, 1])
     assert torch.allclose(by_logp, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_integration_example_of_all_methods(order, tmp_path, monkeypatch):
+    """Loss and both gradients of the sheet, whatever the order of the methods."""
+    methods = [ACE(), LpReg(rho=0.67), Spine(fork_ratio=0.5)][::order]
+    loss, by_logp, by_entropy = example(tmp_path, monkeypatch, methods)
+    assert loss == pytest.approx(0.1759029586, abs=5e-11)
+    expected = [[0, -0.1841951530, -0.1666666667], [0, 0.0927678765, 0.2996898116]]
+    assert torch.allclose(by_logp, torch.tensor(expected).double(), atol=5e-8)
+    expected = [[0, -0.0016666667, 0.0016666667], [0, 0.0016666667, -0.0016666667]]
+    assert torch.allclose(by_entropy, torch.tensor(expected).double(), atol=5e-10)
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [
+        ([], -0.0839704646),
+        ([ACE()], 0.2647562905),
+        ([ACE(), LpReg(rho=0.67)], 0.2895431689),
+        ([ACE(), Spine(fork_ratio=0.5, band_weight_low=0, band_weight_high=0)], 0.1497160802),
+    ],
+    ids=lambda value: "-".join(m.name for m in value) if isinstance(value, list) else "",
+)
+def test_integration_example_row_by_row(methods, expected, tmp_path, monkeypatch):
+    assert example(tmp_path, monkeypatch, methods)[0] == pytest.approx(expected, abs=5e-11)
 
 
 def test_integration_example_order_does_not_matter(tmp_path, monkeypatch):
