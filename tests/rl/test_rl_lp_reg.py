@@ -13,7 +13,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 
 from posttrain import GRPOTrainer
 from posttrain.kernels import Scored, token_statistics
-from posttrain.rl import ACE, LpReg
+from posttrain.rl import ACE, LpReg, Spine
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.lp_reg import k3, kth_smallest, log_quantile, lowest, proxy_gap
 from posttrain.rl.method import Rollout, Setup, Tokens
@@ -448,15 +448,17 @@ def reference_term(live_all, old_all, batch, *, rho, kappa, kl="k3"):
     return torch.where(gate, torch.where(gate, term, 0.0).clamp(max=10), 0.0), gate, chosen
 
 
-def test_integration_example(tmp_path, monkeypatch):
-    """GRPO -0.0839704646, with ACE 0.2647562905, with ACE and Lp-Reg 0.2895431689."""
-    old = torch.tensor([[-0.1, -0.7, -1.2], [-0.2, -3.0, -2.5]])
-    live = torch.tensor([[-0.08, -0.6, -1.2], [-0.25, -3.4, -2.5]], requires_grad=True)
-    proxy = torch.tensor([[9.0, 9.0, 9.0], [-0.18, -2.9, -math.inf]])  # row 0 has A > 0: never gated
+def integration_example(tmp_path, monkeypatch, methods):
+    """Return the loss and its gradients by log-probability and by entropy."""
+    old = torch.tensor([[-0.1, -0.7, -1.2], [-0.2, -3.0, -2.5]], dtype=torch.float64)
+    live = torch.tensor([[-0.08, -0.6, -1.2], [-0.25, -3.4, -2.5]], dtype=torch.float64, requires_grad=True)
+    entropies = torch.tensor([[0.1, 1.0, 1.5], [0.2, 1.8, 0.9]], dtype=torch.float64, requires_grad=True)
+    # row 0 has A > 0: never gated, whatever its proxy
+    proxy = torch.tensor([[9.0, 9.0, 9.0], [-0.18, -2.9, -math.inf]], dtype=torch.float64)
     monkeypatch.setattr(
         TRLGRPOTrainer,
         "_get_per_token_logps_and_entropies",
-        lambda *args, **kwargs: (live, torch.ones_like(live), None),
+        lambda *args, **kwargs: (live, entropies, None),
     )
     ids = torch.full((2, 3), 5)
     batch = {
@@ -464,31 +466,44 @@ def test_integration_example(tmp_path, monkeypatch):
         "prompt_mask": torch.ones_like(ids),
         "completion_ids": ids,
         "completion_mask": torch.ones_like(ids),
-        "advantages": torch.tensor([1.0, -1.0]),
+        "advantages": torch.tensor([1.0, -1.0], dtype=torch.float64),
         "old_per_token_logps": old,
-        "ref_per_token_logps": old - torch.tensor([[0.1], [0.2]]),
+        "ref_per_token_logps": old - torch.tensor([[0.1], [0.2]], dtype=torch.float64),
         "num_items_in_batch": torch.tensor(6),
         "posttrain/reward": torch.tensor([1.0, 0.0]),
         "posttrain/tied": torch.tensor([False, False]),
         "posttrain/carry/lp_reg/gap": proxy - old,
     }
+    # off-policy, as the example is
+    trainer = build(tmp_path, methods, loss_type="dapo", num_iterations=2)
+    loss = trainer.compute_loss(trainer.model, batch)
+    return loss.item(), *torch.autograd.grad(loss, [live, entropies], allow_unused=True)
+
+
+def test_integration_example(tmp_path, monkeypatch):
     rows = {
-        "base": ([], -0.0839704646),
-        "ace": ([ACE()], 0.2647562905),
-        "both": ([ACE(), LpReg(rho=0.67)], 0.2895431689),
+        -0.0839704646: [],
+        0.2647562905: [ACE()],
+        0.2895431689: [ACE(), LpReg(rho=0.67)],
     }
-    gradients = {}
-    for name, (methods, expected) in rows.items():
-        # off-policy, as the example is
-        trainer = build(tmp_path / name, methods, loss_type="dapo", num_iterations=2)
-        trainer.args.steps_per_generation = 1
-        loss = trainer.compute_loss(trainer.model, dict(batch))
-        assert loss.item() == pytest.approx(expected, abs=1e-7)
-        (gradients[name],) = torch.autograd.grad(loss, live)
-    difference = gradients["both"] - gradients["ace"]
-    assert torch.allclose(
-        difference, torch.tensor([[0.0] * 3, [0.0, (1 - math.exp(0.5)) / 6, 0.0]]), atol=1e-7
-    )
+    found = [integration_example(tmp_path, monkeypatch, methods) for methods in rows.values()]
+    assert [loss for loss, *_ in found] == near(list(rows), 5e-11)
+    (_, without, _), (_, with_term, _) = found[1:]
+    expected = torch.zeros(2, 3, dtype=torch.float64)
+    expected[1, 1] = (1 - math.exp(0.5)) / 6
+    assert torch.allclose(with_term - without, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_integration_example_of_all(turn, tmp_path, monkeypatch):
+    """ACE, Lp-Reg and SPINE's mask and band: 0.1759029586, in any order."""
+    methods = [ACE(), LpReg(rho=0.67), Spine(fork_ratio=0.5)]
+    loss, by_logp, by_entropy = integration_example(tmp_path, monkeypatch, methods[turn:] + methods[:turn])
+    assert loss == near(0.1759029586, 5e-11)
+    assert by_logp[0].tolist() == near([0, -0.1841951530, -0.1666666667], 5e-11)
+    assert by_logp[1].tolist() == near([0, 0.0927678765, 0.2996898116], 5e-11)
+    assert by_entropy[0].tolist() == near([0, -0.0016666667, 0.0016666667], 5e-11)
+    assert by_entropy[1].tolist() == near([0, 0.0016666667, -0.0016666667], 5e-11)
 
 
 SCHEDULES = [
