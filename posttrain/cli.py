@@ -294,6 +294,70 @@ def report(
 
 
 @app.command()
+def compare(
+    config: Config,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes for all arms.", show_default=False),
+    ] = None,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm",
+            metavar="NAME:KEY=VALUE,...",
+            help="An arm and its changes; give several. The first is what the others are compared with.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Seeds per arm; five and more give intervals.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the comparison; RUN_DIR-compare when unset.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 1,
+    share: Annotated[
+        str,
+        typer.Option("--share-warm-start", help="Where arms agree on it: once for all, per-seed, or no."),
+    ] = "once",
+    as_json: AsJson = False,
+) -> None:
+    """Run arms x seeds of a configuration on the same data, and compare them seed by seed.
+
+    \b
+    posttrain compare CONFIG.yaml --arm grpo:methods=[] --arm ace:methods.ace.alpha=1 --seeds 5
+
+    Each run is a normal one, in OUT/ARM/seed-S. The table and OUT/report.html give means over seeds and
+    paired differences with 95 % t intervals. The same command goes on with a comparison that was stopped;
+    more seeds or arms extend it. Exit code 1 when a run failed; the others are reported all the same.
+    """
+    with reported_errors():
+        from posttrain.run.arms import SHARES, parse_arm, plan
+
+        if share not in SHARES:
+            request_error(f"--share-warm-start is one of {', '.join(SHARES)}, found {share!r}")
+        parsed = [parse_arm(text) for text in arms or ()]
+        planned = plan(
+            config,
+            parsed,
+            seeds=seeds,
+            out=out,
+            overrides=overrides or (),
+            share=share,  # type: ignore[arg-type]
+        )
+        from posttrain.run.compare import compare as carry_out
+
+        errors = Console(stderr=True, soft_wrap=True, highlight=False)
+        try:
+            result = carry_out(planned, jobs=jobs, say=lambda text: errors.print(text, markup=False))
+        except KeyboardInterrupt:
+            errors.print("interrupted; the same command goes on where it stopped", markup=False)
+            raise typer.Exit(1) from None
+        if as_json:
+            print_json(result.to_dict())
+        else:
+            result.print(stdout())
+        raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
 def sparsity(
     base: Annotated[str, typer.Argument(help="The model before: folder, run directory or Hub id.")],
     tuned: Annotated[str, typer.Argument(help="The model after training; full weights, not an adapter.")],

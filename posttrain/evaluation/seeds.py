@@ -40,8 +40,13 @@ class SeedEstimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies wholly on one side of zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether the interval lies wholly on one side of zero; never when it has no width.
+
+        Seeds that agree to the last digit come from a coarse metric, and say nothing about other seeds.
+        """
+        if self.low is None or self.high is None or self.low == self.high:
+            return False
+        return self.low > 0 or self.high < 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python values for JSON."""

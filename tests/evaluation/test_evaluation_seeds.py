@@ -62,9 +62,25 @@ def test_difference_is_second_minus_first_over_pairs():
 
 def test_pairing_removes_what_seeds_share():
     first = [0.0, 10.0, 20.0, 30.0]
-    estimate = paired_over_seeds(first, [value + 1 for value in first])
-    assert (estimate.value, estimate.low, estimate.high) == (1.0, 1.0, 1.0)
+    estimate = paired_over_seeds(
+        first, [value + 1 + shift for value, shift in zip(first, (-0.1, 0.1) * 2, strict=True)]
+    )
+    half = 3.182446 * math.sqrt(0.04 / 3) / 2
+    assert estimate.value == pytest.approx(1.0)
+    assert estimate.low == pytest.approx(1.0 - half, abs=1e-6)
     assert estimate.excludes_zero
+
+
+def test_seeds_that_agree_exactly_prove_nothing():
+    estimate = paired_over_seeds([0.0, 10.0], [1.0, 11.0])
+    assert (estimate.value, estimate.low, estimate.high) == (1.0, 1.0, 1.0)
+    assert not estimate.excludes_zero
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_zero_is_excluded_on_either_side_only(sign):
+    assert over_seeds([sign * value for value in (1.0, 1.1, 0.9)]).excludes_zero
+    assert not over_seeds([sign * value for value in (1.0, -0.5, 0.9)]).excludes_zero
 
 
 def test_a_difference_needs_the_same_seeds():
