@@ -125,7 +125,7 @@ def test_resuming_a_finished_run_takes_no_further_step(tmp_path):
 
 def test_changed_methods_are_refused(tmp_path):
     build(tmp_path, methods=[ACE()], stop=2).train()
-    with pytest.raises(ValueError, match="was written with methods \\['ace'\\], this run has \\[\\]"):
+    with pytest.raises(ValueError, match=r"was written with methods \['ace'\], this run has \[\]"):
         build(tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -146,7 +146,7 @@ def test_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
         return real_save(payload, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(CheckpointError, match="No space left.*the last good one is checkpoint-2"):
+    with pytest.raises(CheckpointError, match=r"No space left.*the last good one is checkpoint-2"):
         trainer.train()
     monkeypatch.undo()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
