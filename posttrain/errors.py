@@ -11,9 +11,9 @@ _RUN_ERRORS = frozenset(
 # What libraries say when something of ours or the user's is the cause.
 _EXPLAINED = {
     "probability tensor contains either `inf`, `nan`": (
-        "the model gives probabilities that are not finite, so nothing can be sampled from it: its weights have "
-        "blown up, or were broken from the start. Lower the learning rate, train in bfloat16 or float32, and go "
-        "on from a checkpoint before that"
+        "the model gives probabilities that are not finite, so nothing can be sampled from it: its "
+        "weights have blown up, or were broken from the start. Lower the learning rate, train in bfloat16 or "
+        "float32, and go on from a checkpoint before that"
     ),
 }
 

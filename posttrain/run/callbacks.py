@@ -139,9 +139,9 @@ class FiniteWeights(TrainerCallback):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter.detach()).all():
                 raise FloatingPointError(
-                    f"the weights are not finite after {state.global_step} optimiser steps (first: {name}); they "
-                    "were not saved, and earlier checkpoints are untouched. Lower the learning rate or the weight "
-                    "decay, and go on with --resume."
+                    f"the weights are not finite after {state.global_step} optimiser steps (first: {name}); "
+                    "they were not saved, and earlier checkpoints are untouched. Lower the learning rate or "
+                    "the weight decay, and go on with --resume."
                 )
 
 
