@@ -6,7 +6,7 @@ import pytest
 import support
 import torch
 
-from posttrain import GRPOTrainer
+from posttrain import GRPOTrainer, SFTTrainer
 
 
 def build(tmp_path, reward=support.letter_reward, **settings):
@@ -71,3 +71,21 @@ def test_failed_verifier_rows_do_not_move_the_policy(tmp_path):
     assert batch["advantages"][1] == 0
     assert (batch["advantages"][[0, 2, 3]] != 0).all()
     assert batch["advantages"][[0, 2, 3]].sum().item() == pytest.approx(0, abs=1e-5)
+
+
+def test_only_token_ids_are_decoded(tmp_path):
+    """Packed batches also hold position_ids, which mean nothing as text."""
+    trainer = SFTTrainer(
+        model=support.model(),
+        args=support.sft_config(tmp_path, packing=True, per_device_train_batch_size=1),
+        train_dataset=support.answers(),
+        processing_class=support.tokenizer(),
+    )
+    with torch.no_grad():
+        trainer.model.lm_head.weight[5] = float("nan")
+    with pytest.raises(FloatingPointError, match="the loss is nan after 0 optimiser steps"):
+        trainer.train()
+    rows = json.loads((tmp_path / "nonfinite.json").read_text())["rows"]
+    assert "position_ids" in rows
+    assert [key for key in rows if key.endswith("_text")] == ["input_ids_text"]
+    assert "<eos>" in rows["input_ids_text"][0]

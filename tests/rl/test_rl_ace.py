@@ -1,5 +1,6 @@
 """ACE against the numbers of its definition (arXiv 2602.21420) and against independent references."""
 
+import inspect
 import math
 
 import pytest
@@ -38,17 +39,17 @@ def sheet():
 
 def tokens(advantages=ADVANTAGES, reward=(1, 0, 0, 0), tied=False, **overrides):
     policy, reference, mask = sheet()
-    fields = dict(
-        logps=policy,
-        entropies=torch.zeros_like(policy),
-        old_logps=policy,
-        ref_logps=reference,
-        advantages=torch.tensor(advantages, dtype=torch.float64),
-        reward=torch.tensor(reward, dtype=torch.float64),
-        tied=torch.full((4,), tied),
-        mask=mask,
-        gauges=Gauges(),
-    )
+    fields = {
+        "logps": policy,
+        "entropies": torch.zeros_like(policy),
+        "old_logps": policy,
+        "ref_logps": reference,
+        "advantages": torch.tensor(advantages, dtype=torch.float64),
+        "reward": torch.tensor(reward, dtype=torch.float64),
+        "tied": torch.full((4,), tied),
+        "mask": mask,
+        "gauges": Gauges(),
+    }
     return Tokens(**(fields | overrides))
 
 
@@ -400,3 +401,127 @@ def test_own_reference_stays_frozen(tmp_path):
     history = [row["ace/shift_max"] for row in trainer.state.log_history if "ace/shift_max" in row]
     assert history[0] == pytest.approx(0, abs=1e-5)
     assert history[-1] > 1e-3
+
+
+def first_shift(tmp_path, *, adapter, **settings):
+    """(rows, tokens) of log pi - log pi_ref of the first rollout, both from full logits of the live model."""
+    trainer = GRPOTrainer(
+        model=support.model(),
+        args=support.grpo_config(tmp_path, max_steps=1, temperature=0.7, **settings),
+        reward_funcs=support.letter_reward,
+        train_dataset=support.prompts(),
+        processing_class=support.tokenizer(),
+        peft_config=adapter,
+        methods=[ACE()],
+    )
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([{"prompt": f"say {i // 4}?"} for i in range(8)])
+    assert trainer.model.training
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    columns = batch["completion_ids"].size(1)
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=ids, attention_mask=attention).logits[:, -columns - 1 : -1]
+        logps = torch.log_softmax(logits.double() / 0.7, -1)
+        logps = logps.gather(2, batch["completion_ids"].unsqueeze(2)).squeeze(2)
+    return (logps - batch["ref_per_token_logps"]) * batch["completion_mask"]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_adapters_that_move_weights_have_the_right_reference(beta, tmp_path):
+    """PiSSA starts as the base model but keeps a part of its weights in the adapter."""
+    shift = first_shift(tmp_path, adapter=support.lora(init_lora_weights="pissa"), beta=beta)
+    assert shift.abs().max() < 1e-5
+
+
+def test_reference_has_no_dropout(tmp_path):
+    """Neither of the adapter that is its own reference, nor of the model."""
+    adapter = support.lora(lora_dropout=0.5, init_lora_weights="olora")
+    assert first_shift(tmp_path, adapter=adapter).abs().max() < 1e-5
+
+
+def test_reference_leaves_saved_modules_out(tmp_path):
+    trainer = GRPOTrainer(
+        model=support.model(),
+        args=support.grpo_config(tmp_path, max_steps=3),
+        reward_funcs=support.letter_reward,
+        train_dataset=support.prompts(),
+        processing_class=support.tokenizer(),
+        peft_config=support.lora(modules_to_save=["lm_head"]),
+        methods=[ACE()],
+    )
+    trainer.train()
+    initial = support.model().lm_head.weight
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    assert not torch.equal(policy.get_base_model().get_output_embeddings().weight, initial)
+    with trainer._reference_model():
+        assert torch.equal(policy.get_base_model().get_output_embeddings().weight, initial)
+
+
+def test_drift_is_of_the_policy_that_generated(tmp_path):
+    """Later iterations on the same rollouts move the policy, not the weights; the live side does move."""
+    seen = {}
+    for side in ("old", "live"):
+        trainer = build(tmp_path / side, [ACE(policy_logps=side)], num_iterations=3, max_steps=6)
+        trainer.train()
+        seen[side] = [row[0] for row in support.logged(trainer, "ace/shift_mean")]
+    first, second = seen["old"][:3], seen["old"][3:]
+    assert first == [first[0]] * 3
+    assert second == [second[0]] * 3
+    assert first[0] != second[0]
+    assert len(set(seen["live"])) == 6
+
+
+def fixed_rollout(prompts, trainer):
+    """Completions that depend on the place in the batch and the step alone, so that no draw is shared."""
+    tokenizer, step = support.tokenizer(), trainer.state.global_step
+    ids = [[5 + (7 * i + 3 * step + t) % 30 for t in range(2 + (i + step) % 5)] for i in range(len(prompts))]
+    return {
+        "prompt_ids": [tokenizer(p)["input_ids"] for p in prompts],
+        "completion_ids": ids,
+        "logprobs": None,
+    }
+
+
+def test_evaluation_does_not_disturb_training(tmp_path):
+    """With an evaluation after every step, training logs the same losses and gauges as without."""
+    logs, runs = {}, {}
+    for name, settings in {
+        "plain": {},
+        "evaluated": {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4},
+    }.items():
+        trainer = GRPOTrainer(
+            model=support.model(),
+            args=support.grpo_config(
+                tmp_path / name, max_steps=6, logging_steps=2, steps_per_generation=2, **settings
+            ),
+            reward_funcs=support.letter_reward,
+            train_dataset=support.prompts(),
+            eval_dataset=support.prompts(2),
+            processing_class=support.tokenizer(),
+            rollout_func=fixed_rollout,
+            methods=[ACE()],
+        )
+        trainer.train()
+        keys = ("loss", "grad_norm", "ace/shift_mean", "ace/shift_max", "ace/error_rows", "ace/weight_mean")
+        logs[name], runs[name] = support.logged(trainer, *keys), trainer
+    assert logs["evaluated"] == logs["plain"]
+    assert logs["plain"][-1][3] > 0
+    support.assert_same(*(support.weights(run.model) for run in runs.values()))
+    evaluated = support.logged(runs["evaluated"], "eval_loss", "eval_ace/shift_max")
+    assert len(evaluated) == 6
+    assert all(math.isfinite(value) for row in evaluated for value in row)
+
+
+def test_page_teaches():
+    page = inspect.getmodule(ACE).__doc__
+    for claim in (
+        "softplus",
+        "When not to use it",
+        "pass@1",
+        "frozen copy",
+        "reward_below",
+        "1.69",
+        "c_clip",
+    ):
+        assert claim in page
