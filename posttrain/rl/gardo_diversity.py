@@ -9,13 +9,14 @@ Idea
 Formula
     e_i is the embedding of completion i. Over the other completions of its prompt, right or wrong::
 
-        d_i  = min_{j != i} ( 1 - cos(e_i, e_j) )      in [0, 2];  1 when there is no other completion
+        d_i  = min_{j != i} ( 1 - cos(e_i, e_j) )      in [0, 2];  1 when there is nothing to compare with
         f_i  = d_i                                      normalize="none" (paper)
         f_i  = d_i / mean of d over the group           normalize="group_mean" (official code); 1 if it is 0
         A'_i = f_i A_i  where A_i > 0,  else A_i
 
-    cos with a zero embedding (an empty completion) is 0, so such a row is at distance 1 or less. Embeddings
-    are compared in fp32 and f is constant in the loss.
+    An empty completion (a zero embedding) has factor 1 and is no neighbour of anything, nor in the mean:
+    otherwise it would stand alone and be the most rewarded. Embeddings are compared in fp32 and f is constant
+    in the loss.
 
 Defaults and where they come from
     The paper embeds images with DINOv3 and says nothing about text: **everything about embeddings here is
@@ -55,44 +56,48 @@ from posttrain._lazy import torch
 from posttrain.rl.method import Conflict, Method, Need, Rollout, Setup
 
 _FUNCTION = "python:"
+_ROUNDING = 1e-6  # of a cosine in fp32
 
 
 def nearest_distance(embeddings: torch.Tensor, group_size: int) -> torch.Tensor:
     """Return each row's cosine distance to the nearest other row of its group (arXiv 2512.24138).
 
     Args:
-        embeddings: (B, H), any scale; zeros for an empty completion, which is at distance 1 from all others.
+        embeddings: (B, H), any scale; zeros for an empty completion, which is nobody's neighbour.
         group_size: Rows per group, consecutive.
 
     Returns:
-        (B,) fp32 at least, in [0, 2]; 1 in groups of one.
+        (B,) fp32 at least, in [0, 2]; 1 for a row without any other, NaN for an empty completion.
     """
-    if group_size == 1:
-        return torch.ones(len(embeddings), device=embeddings.device)
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     grouped = torch.nn.functional.normalize(embeddings.to(dtype), dim=1).view(
         -1, group_size, embeddings.size(1)
     )
     distance = 1 - (grouped @ grouped.transpose(1, 2)).clamp(-1, 1)
+    present = (embeddings != 0).any(dim=1).view(-1, group_size)
     itself = torch.eye(group_size, dtype=torch.bool, device=embeddings.device)
-    return distance.masked_fill(itself, torch.inf).amin(dim=2).flatten()
+    nearest = distance.masked_fill(itself | ~present.unsqueeze(1), torch.inf).amin(dim=2)
+    nearest = nearest.masked_fill(nearest.isinf(), 1.0)
+    return nearest.masked_fill(~present, torch.nan).flatten()
 
 
 def diversity_factor(
     distance: torch.Tensor, group_size: int, *, normalize: Literal["group_mean", "none"] = "group_mean"
 ) -> torch.Tensor:
-    """Return f, (B,): the distance itself or divided by its group's mean, 1 where that mean is 0.
+    """Return f, (B,): the distance itself or divided by its group's mean, 1 where that mean is 0 to rounding.
 
     Args:
-        distance: (B,) of :func:`nearest_distance`.
+        distance: (B,) of :func:`nearest_distance`; the factor is 1 where it is NaN.
         group_size: Rows per group, consecutive.
         normalize: ``none`` is the paper's, ``group_mean`` the official code's.
     """
-    if normalize == "none":
-        return distance
-    grouped = distance.view(-1, group_size)
-    mean = grouped.mean(dim=1, keepdim=True)
-    return torch.where(mean > 0, grouped / mean, torch.ones_like(grouped)).flatten()
+    factor = distance
+    if normalize == "group_mean":
+        grouped = distance.view(-1, group_size)
+        mean = grouped.nanmean(dim=1, keepdim=True)
+        # below that the distances of equal embeddings are rounding, and their quotients noise
+        factor = torch.where(mean > _ROUNDING, grouped / mean, torch.ones_like(grouped)).flatten()
+    return factor.nan_to_num(nan=1.0)
 
 
 def shaped_advantages(advantages: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -150,7 +155,7 @@ class GardoDiversity(Method):
         local = rollout.local(factor)
         advantages = rollout.advantages
         positive = advantages > 0 if advantages.dim() == 1 else (advantages > 0).any(dim=1)
-        rollout.gauges.mean("distance", distance)
+        rollout.gauges.mean("distance", distance, ~distance.isnan())
         rollout.gauges.mean("factor", local, positive)
         rollout.gauges.max("factor_max", local)
         return shaped_advantages(advantages, local)

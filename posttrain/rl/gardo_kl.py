@@ -76,7 +76,7 @@ def win_rates(
     Returns:
         (B,) float64 in [0, 1), divided by the number of rows with a value; NaN where ``values`` is.
     """
-    grouped = values.reshape(-1, group_size or len(values))
+    grouped = values.contiguous().view(-1, group_size or len(values))
     known = ~grouped.isnan()
     ranked = grouped.masked_fill(~known, torch.inf).sort(dim=1).values
     beaten = torch.searchsorted(ranked, grouped).double()
