@@ -1,0 +1,31 @@
+"""Rewrite the generated parts of README.md: the table of methods. A test compares the file with this."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain.rl import registry
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+START, END = "<!-- methods: written by scripts/update_readme.py -->", "<!-- end of methods -->"
+
+
+def methods_table() -> str:
+    """Return the table of all built-in methods as Markdown."""
+    rows = ["| config key | method | paper |", "|---|---|---|"]
+    for name, cls in registry.available().items():
+        papers = cls.paper if isinstance(cls.paper, tuple) else (cls.paper,)
+        links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers if paper) or "-"
+        rows.append(f"| `{name}` | {cls.title} | {links} |")
+    return "\n".join(rows)
+
+
+def updated(text: str) -> str:
+    """Return the README with its generated parts rewritten."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{methods_table()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text()))
