@@ -40,11 +40,11 @@ class SeedEstimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies wholly on one side of zero; never when it has no width.
+        """Whether the interval lies wholly on one side of zero; never when it has no width (to rounding).
 
         Seeds that agree to the last digit come from a coarse metric, and say nothing about other seeds.
         """
-        if self.low is None or self.high is None or self.low == self.high:
+        if self.low is None or self.high is None or math.isclose(self.low, self.high, rel_tol=1e-9):
             return False
         return self.low > 0 or self.high < 0
 

@@ -185,10 +185,9 @@ def _start(run: PlannedRun, slot: int, jobs: int, *, resume: bool) -> _Process:
     file = run.beside("yaml")
     write_text(file, resolved_yaml(run.config))
     run.beside("json").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "posttrain", "train", str(file), *(["--resume"] if resume else [])]
     with run.beside("log").open("ab") as log:
         process = subprocess.Popen(
-            command,
+            [*command(file), *(["--resume"] if resume else [])],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -196,6 +195,11 @@ def _start(run: PlannedRun, slot: int, jobs: int, *, resume: bool) -> _Process:
             start_new_session=True,  # ctrl-c reaches this process only, which then ends its runs one by one
         )
     return _Process(run, process, time.monotonic())
+
+
+def command(file: Path) -> list[str]:
+    """Return the command that carries out one run."""
+    return [sys.executable, "-m", "posttrain", "train", str(file)]
 
 
 def _share_of_machine(slot: int, jobs: int) -> dict[str, str]:
