@@ -1,5 +1,6 @@
 """One contract test per seam into trl.GRPOTrainer: if TRL changes, the name of the failing test says where."""
 
+import functools
 import inspect
 
 import pytest
@@ -9,7 +10,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from posttrain.rl.method import Method
-from posttrain.rl.seams import EpochRepeatSampler, GRPOSeams, aggregate
+from posttrain.rl.seams import EpochRepeatSampler, GRPOSeams, aggregate, reward_name
 from posttrain.rl.trainer import GRPOTrainer
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
@@ -243,3 +244,50 @@ def test_methods_must_be_methods(tmp_path):
         build(GRPOTrainer, tmp_path, methods=["ace"])
     with pytest.raises(ValueError, match="everything more than once"):
         build(GRPOTrainer, tmp_path, methods=[Everything(), Everything()])
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_kl_term_is_what_trl_adds_for_beta(loss_type, level, bias_correction, tmp_path):
+    settings = {"importance_sampling_level": level, "use_bias_correction_kl": bias_correction}
+    trainer = build(GRPOSeams, tmp_path, loss_type=loss_type, **settings)
+    batch = trainer._generate_and_score_completions(rows())
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].size(1),
+        )
+    for key in ("old_per_token_logps", "ref_per_token_logps"):
+        batch[key] = logps + 0.3 * torch.randn(logps.shape, generator=noise)
+    plain = trainer.compute_loss(trainer.model, dict(batch))
+    trainer.beta = 0.2
+    with_kl = trainer.compute_loss(trainer.model, dict(batch))
+    term = trainer.aggregate(trainer.kl_term(batch, logps), batch)
+    assert term > 1e-3
+    assert (with_kl - plain).item() == pytest.approx(term.item(), rel=1e-4)
+
+
+def test_reward_names_are_trls(tmp_path):
+    class Judge:
+        def __call__(self, completions, **kwargs):
+            return [0.0] * len(completions)
+
+    def longer(completions, **kwargs):
+        return [float(len(text)) for text in completions]
+
+    named = Judge()
+    named.__name__ = "judge"
+    functions = [support.letter_reward, longer, functools.partial(longer), named]
+    trainer = TRLGRPOTrainer(
+        model=support.model(),
+        args=support.grpo_config(tmp_path),
+        reward_funcs=list(functions),
+        train_dataset=support.prompts(),
+        processing_class=support.tokenizer(),
+    )
+    assert [reward_name(function) for function in functions] == trainer.reward_func_names
+    assert reward_name("someone/reward-model") == "reward-model"
