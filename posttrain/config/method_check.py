@@ -109,6 +109,9 @@ def _conflicts(
         task=task,
         rewards=rewards,
         ranks=processes(),
+        needs_all_rows=tuple(
+            name for name, m in built.items() if isinstance(m, Method) and m.needs_all_rows and not m.neutral
+        ),
     )
     for name, method in built.items():
         if not isinstance(method, Method):

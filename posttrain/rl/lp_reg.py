@@ -169,6 +169,11 @@ class LpReg(Method):
         return self.beta == 0 or self.rho == 0
 
     @property
+    def needs_all_rows(self) -> bool:
+        """The paper's quantile is taken over every token; otherwise only negative advantages matter."""
+        return self.gate == "paper" and self.scope == "micro_batch"
+
+    @property
     def needs(self) -> frozenset[Need]:
         """The LM head of the filtered policy, and old log-probs for a threshold over the rollout."""
         head: Need = "head" if self.proxy == "live" else "old_head"

@@ -11,8 +11,11 @@ reference      before each generation       :meth:`Method.refresh_reference`
 scoring        once per generation batch,   :meth:`Method.score_old`
                off-policy schedules only
 reward         once per generation batch    :meth:`Method.label`, then :meth:`Method.rewards`
+refill         once per generation batch    :meth:`Method.dead_groups`, :meth:`Method.refilled`
 rows           once per generation batch    :meth:`Method.keep_rows`
 advantage      once per generation batch    :meth:`Method.advantages`
+extra rows     once per generation batch    :meth:`Method.plan_extra`, then :meth:`Method.admit`
+live rows      every micro-step             :meth:`Method.live_rows`
 token mask     every micro-step             :meth:`Method.token_mask`
 token weight   every micro-step             :meth:`Method.token_weights`, :meth:`Method.kl_weights`
 token penalty  every micro-step             :meth:`Method.token_penalty`, :meth:`Method.mean_penalty`
@@ -63,6 +66,8 @@ class Setup:
         ranks: Number of training processes of this launch.
         reward_names: Names of the reward functions, or None when not known yet.
         reward_weights: Their weights, or None when not known yet.
+        needs_all_rows: Names of the methods that act on rows without advantage, see
+            :attr:`Method.needs_all_rows`.
     """
 
     trainer: Mapping[str, Any]
@@ -73,6 +78,7 @@ class Setup:
     ranks: int = 1
     reward_names: tuple[str, ...] | None = None
     reward_weights: tuple[float, ...] | None = None
+    needs_all_rows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,8 @@ class AllRows:
 
     Attributes:
         rewards: (N, F), whole groups one after the other, in rank order; NaN where a function does not apply.
-        scored: (M, F), also with the rows that :meth:`Method.keep_rows` took out: what the policy really did.
+        scored: (M, F), also with the rows that :meth:`Method.keep_rows` took out and the groups that were
+            replaced: what the policy really did.
         names: Names of the reward functions, in the order of the columns.
         weights: (F,) their weights.
         group_size: Rows per group.
@@ -161,6 +168,8 @@ class Rollout:
         embeddings: (B, H) fp32, mean over the model-written tokens of the policy's final hidden state at the
             token, zeros for a row without tokens; None when nobody needs them.
         texts: Returns the B completions as text.
+        dead: (B,) bool, rows of groups that :meth:`Method.dead_groups` refused and that could not be
+            replaced, or None when no method refuses groups.
         training: False in evaluation, where no state may change.
     """
 
@@ -177,12 +186,91 @@ class Rollout:
     everyone: AllRows | None = None
     embeddings: torch.Tensor | None = None
     texts: Callable[[], list[str]] = list
+    dead: torch.Tensor | None = None
     training: bool = True
 
     def local(self, values: torch.Tensor) -> torch.Tensor:
         """Return this rank's rows of (N, ...) values of all ranks."""
         assert self.everyone is not None
         return values[self.everyone.first :][: self.mask.size(0)]
+
+
+@dataclass(frozen=True)
+class Refill:
+    """What :meth:`Method.dead_groups` led to in one generation batch, the same on every rank.
+
+    Attributes:
+        outcomes: (groups, group size, F), the verifiers' matrix of the first generation.
+        dead: (groups,) bool, refused then.
+        left: (groups,) bool, refused groups that could not be replaced.
+        rounds: Generations that were added.
+        rows: Rows they made, over all ranks.
+        tokens: Tokens they made.
+        names: Names of the reward functions.
+        gauges: Where a method logs numbers.
+    """
+
+    outcomes: torch.Tensor
+    dead: torch.Tensor
+    left: torch.Tensor
+    rounds: int
+    rows: int
+    tokens: int
+    names: tuple[str, ...]
+    gauges: Gauges
+
+
+@dataclass(frozen=True)
+class ExtraPlan:
+    """A second generation for some prompts of the batch.
+
+    Attributes:
+        temperature: Of the sampling alone; scores keep the run's.
+        prompts: Share of the groups, the first ones; at least one group, and as many as can be dealt out.
+        replace: Admitted rows take the places of the first rows of the batch; otherwise they are appended.
+    """
+
+    temperature: float
+    prompts: float
+    replace: bool
+
+
+@dataclass(frozen=True)
+class Extra:
+    """The rows of a second generation on all ranks, whole groups one after the other. N rows.
+
+    Attributes:
+        rewards: (N, F), the verifiers' matrix.
+        advantages: (N,) of TRL, within these groups.
+        tokens: (N,) tokens that count in the loss.
+        names: Names of the reward functions.
+        rows: Rows of the generation batch over all ranks.
+        gauges: Where a method logs numbers.
+    """
+
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+    tokens: torch.Tensor
+    names: tuple[str, ...]
+    rows: int
+    gauges: Gauges
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Which rows of a second generation train, and how much.
+
+    Attributes:
+        rows: (m,) indices into :class:`Extra`; all rows in order where they are appended.
+        advantages: (m,) on every token.
+        weight: Factor of these rows in the loss.
+        main_weight: Factor of every term of the other rows.
+    """
+
+    rows: torch.Tensor
+    advantages: torch.Tensor
+    weight: float = 1.0
+    main_weight: float = 1.0
 
 
 @dataclass
@@ -197,7 +285,9 @@ class Tokens:
         advantages: (B,) or (B, C) as the advantage stage left them.
         reward: (B,) weighted reward of each row.
         tied: (B,) bool, all rewards of the row's group are equal.
-        mask: (B, C), 1 on tokens written by the model.
+        mask: (B, C), 1 on tokens written by the model; 0 on the rows of :meth:`Method.admit`, which no method
+            masks, weighs or penalises.
+        extra_mask: (B, C), 1 on the tokens of those rows, or None when there are none.
         focus: (B, C) bool, tokens that every method's :meth:`Method.token_mask` kept, or None when no method
             has one.
         head: What the forward fed to the LM head, or None when nobody needs it.
@@ -219,6 +309,7 @@ class Tokens:
     mask: torch.Tensor
     gauges: Gauges
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
+    extra_mask: torch.Tensor | None = None
     focus: torch.Tensor | None = None
     head: Scored | None = None
     kl_weights: torch.Tensor | None = None
@@ -243,6 +334,20 @@ class Method(BaseModel):
     def neutral(self) -> bool:
         """Whether the parameters make the method do nothing; it is then skipped, bit for bit."""
         return False
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether rows with advantage 0 matter to what this method adds to the loss or chooses by.
+
+        By default so for every method with a penalty. A method whose penalty is zero on such rows says False.
+        """
+        own, base = type(self), Method
+        return (own.token_penalty, own.mean_penalty) != (base.token_penalty, base.mean_penalty)
+
+    @property
+    def refill_rounds(self) -> int:
+        """How often groups that :meth:`dead_groups` refuses are generated again; 0 for never."""
+        return 0
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -283,6 +388,22 @@ class Method(BaseModel):
         """Reshape the gathered (completions of all ranks x reward functions) matrix."""
         return rewards
 
+    def dead_groups(self, outcomes: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor | None:
+        """Return the groups to replace by groups of other prompts, (groups,) bool, or None for none.
+
+        Args:
+            outcomes: (groups, group size, F) of all ranks, before any method's :meth:`rewards`.
+            names: Names of the reward functions, in the order of the columns.
+
+        Called in training only, for the generation batch and for every group generated in its place, where
+        :attr:`refill_rounds` is above 0.
+        """
+        del outcomes, names
+        return None
+
+    def refilled(self, refill: Refill) -> None:
+        """Log what came of :meth:`dead_groups`; once per generation batch."""
+
     def keep_rows(self, rewards: torch.Tensor) -> torch.Tensor | None:
         """Return which rows train, (groups, group size) bool, the same number in every group; None for all.
 
@@ -298,6 +419,29 @@ class Method(BaseModel):
     def advantages(self, rollout: Rollout) -> torch.Tensor:
         """Return the advantages to use, (B,) or (B, C)."""
         return rollout.advantages
+
+    def plan_extra(self) -> ExtraPlan | None:
+        """Return what to generate beside the batch, the same on every rank; None for nothing.
+
+        Called in training only. One method per run may ask.
+        """
+        return None
+
+    def admit(self, extra: Extra) -> Admission:
+        """Return which of the rows that :meth:`plan_extra` asked for train; the same on every rank.
+
+        On these rows no method acts, and the KL term is zero.
+        """
+        raise NotImplementedError(f"{self.name} plans extra rows and must say which are admitted")
+
+    def live_rows(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+        """Return the rows of a micro-batch that go through the model, (B,) bool, or None for all.
+
+        The others must have a gradient of exactly zero, see :mod:`posttrain.rl.skip_zero_advantage`. Divisors
+        do not change; what is logged in the loss is over the rows that stay.
+        """
+        del advantages, mask
+        return None
 
     def token_mask(self, tokens: Tokens) -> torch.Tensor | None:
         """Return the tokens that train, (B, C) bool, or None for all.

@@ -17,8 +17,8 @@ from typing import Any
 import posttrain.rl
 from posttrain.rl.method import Method
 
-# Modules of the package that hold the machinery; importing the first two pulls in torch and TRL.
-_MACHINERY = frozenset({"trainer", "seams", "gauges", "method", "registry"})
+# Modules of the package that hold the machinery; importing the first three pulls in torch and TRL.
+_MACHINERY = frozenset({"trainer", "seams", "rollouts", "rows", "gauges", "method", "registry"})
 
 
 @functools.cache

@@ -216,6 +216,11 @@ class GRPOSeams(TRLGRPOTrainer):
         """Reshape the gathered (rows of all ranks, functions) rewards."""
         return rewards
 
+    def on_generated(self, inputs: Any, batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
+        """Replace or add rows of a generation batch; around :meth:`on_rollout`."""
+        del inputs
+        return self.on_rollout(batch, rewards)
+
     def on_rollout(self, batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
         """Change a generation batch; ``rewards`` is the gathered matrix."""
         del rewards
@@ -230,6 +235,10 @@ class GRPOSeams(TRLGRPOTrainer):
         """Return (rows, C) tensors for the batch, from the LM head of the policy that generated."""
         del scored
         return {}
+
+    def on_micro_batch(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Return the rows of a micro-batch that the loss sees, and the factor that keeps its divisor."""
+        return batch, 1.0
 
     def on_loss(self, loss: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Add to the loss of a micro-batch."""
@@ -249,6 +258,14 @@ class GRPOSeams(TRLGRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if self.hooked and self.mode == "train":
             self.before_generation()
+        batch = self.raw_rollout(inputs)
+        if self.hooked:
+            assert self._gathered_rewards is not None
+            batch = self.on_generated(inputs, batch, self._gathered_rewards)
+        return batch
+
+    def raw_rollout(self, inputs: Any) -> dict[str, Any]:
+        """Generate and score ``inputs`` as TRL does, with what methods need in the batch. Collective."""
         self._old_pass_is_next, self._old_statistics = self.wants_old_head and self.off_policy, {}
         batch = super()._generate_and_score_completions(inputs)
         batch.update(self._old_statistics)
@@ -259,9 +276,6 @@ class GRPOSeams(TRLGRPOTrainer):
             batch["posttrain/old_logps"] = self._logps_of_batch(self.model, batch, self._rows_per_forward)
         if self.wants_reference and "ref_per_token_logps" not in batch:
             batch["ref_per_token_logps"] = self._reference_logps(batch)
-        if self.hooked:
-            assert self._gathered_rewards is not None
-            batch = self.on_rollout(batch, self._gathered_rewards)
         return batch
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -275,10 +289,12 @@ class GRPOSeams(TRLGRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         if not self.hooked:
             return super()._compute_loss(model, inputs)
-        self._open_batch = dict(inputs)  # a copy: buffered rollouts are used again in later iterations
+        # a copy: buffered rollouts are used again in later iterations
+        self._open_batch, share = self.on_micro_batch(dict(inputs))
         try:
             loss = super()._compute_loss(model, self._open_batch)
-            return self.on_loss(loss, self._open_batch)
+            loss = self.on_loss(loss, self._open_batch)
+            return loss if isinstance(share, float) and share == 1.0 else loss * share
         finally:
             self._open_batch = self.live_head = None
 
@@ -389,25 +405,6 @@ class GRPOSeams(TRLGRPOTrainer):
         completions, ids = self._scored
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         return list(completions), [not row or row[-1] not in ends for row in ids]
-
-    def select_rows(self, batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-        """Return a generation batch with some of this rank's rows, and the number of active tokens to match.
-
-        Args:
-            batch: What ``_generate_and_score_completions`` returned.
-            rows: (n,) indices; the same number on every rank. Collective.
-
-        Raises:
-            ValueError: The batch holds images, whose tensors are not row-shaped.
-        """
-        if "num_images" in batch or "pixel_values" in batch:
-            raise ValueError("rows of a generation batch with images cannot be taken out: train text only")
-        chosen = {
-            key: value[rows.to(value.device)] if isinstance(value, torch.Tensor) and value.dim() else value
-            for key, value in batch.items()
-        }
-        chosen["num_items_in_batch"] = self.accelerator.gather(self.loss_mask(chosen).sum()).sum()
-        return chosen
 
     def advantages_of(self, rewards: torch.Tensor, group_size: int) -> torch.Tensor:
         """Return the advantages of a gathered (rows, functions) matrix under this run's settings."""

@@ -279,6 +279,11 @@ class Spine(Method):
         return everywhere and not self._has_band and self.kl_coef == 0
 
     @property
+    def needs_all_rows(self) -> bool:
+        """Band and KL act on every row; the mask alone changes nothing where the advantage is 0."""
+        return (self._has_band and not self.band_skip_zero_advantage) or self.kl_coef > 0
+
+    @property
     def needs(self) -> frozenset[Need]:
         """The initial policy, only for the KL."""
         return frozenset({"ref_logps"}) if self.kl_coef > 0 else frozenset()

@@ -26,15 +26,24 @@ from posttrain.checkpointing.resume import ExactResume
 from posttrain.guards import FiniteGuard
 from posttrain.kernels.head import Scored
 from posttrain.rl.gauges import Gauges
-from posttrain.rl.method import AllRows, Conflict, Method, Need, Rollout, Samples, Setup, Tokens
-from posttrain.rl.seams import GRPOSeams, group_advantages, reward_name
+from posttrain.rl.method import (
+    AllRows,
+    Conflict,
+    Method,
+    Need,
+    Rollout,
+    Samples,
+    Setup,
+    Tokens,
+)
+from posttrain.rl.rollouts import MoreRollouts
+from posttrain.rl.rows import CARRY as _CARRY
+from posttrain.rl.seams import group_advantages, reward_name
 
 logger = logging.getLogger(__name__)
 
-_CARRY = "posttrain/"
 
-
-class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
+class GRPOTrainer(ExactResume, FiniteGuard, MoreRollouts):
     """Group-relative policy optimisation with methods that compose.
 
     Args:
@@ -71,6 +80,7 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         self._adapter_acts_at_start = isinstance(model, PeftModel) or not _starts_empty(peft_config)
         self._gauges = Gauges()
         super().__init__(*args, **kwargs)
+        self.refuse_late()
 
     def _anyone_needs(self, need: Need) -> bool:
         return any(need in method.needs for method in self._active)
@@ -94,6 +104,7 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         self.refuse_infinite_rewards(rewards)
         if self._active and self.mode == "train":
             rewards = self._labelled(rewards)
+        self.outcomes = rewards
         for method in self._active:
             rewards = method.rewards(rewards)
         return rewards
@@ -148,7 +159,8 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
 
     def on_rollout(self, batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
         """Row and advantage stages."""
-        size, scored = self.group_size, rewards
+        size = self.group_size
+        scored = rewards if self._really_done is None else self._really_done
         if self.mode == "train":
             batch, rewards, size = self._keep_rows(batch, rewards)
         reward, tied = self.group_rewards(rewards, size)
@@ -168,6 +180,7 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
             everyone=self._everyone(rewards, scored, size, first),
             embeddings=batch.pop(f"{_CARRY}embeddings", None),
             texts=lambda: self.texts_of(batch),
+            dead=None if self._dead is None else self._dead.repeat_interleave(size)[first:][:rows],
             training=self.mode == "train",
         )
         for method in self._active:
@@ -196,6 +209,7 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
     def on_tokens(self, batch: dict[str, Any], logps: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
         """Token stages: masks and factors of the KL term, then of the policy term through its advantages."""
         old_logps = batch.get("old_per_token_logps")
+        mask, extra = self.loss_mask(batch), batch.get(f"{_CARRY}extra")
         self._tokens = Tokens(
             logps=logps,
             entropies=entropies,
@@ -204,7 +218,8 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
             advantages=batch["advantages"],
             reward=batch[f"{_CARRY}reward"],
             tied=batch[f"{_CARRY}tied"],
-            mask=self.loss_mask(batch),
+            mask=mask if extra is None else mask * ~extra.unsqueeze(1),
+            extra_mask=None if extra is None else mask * extra.unsqueeze(1),
             gauges=self._gauges,
             carry=_carried(batch),
             head=self.live_head,
@@ -218,6 +233,8 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
             self._gauges.enter(method.name)
             weights = method.token_weights(self._tokens)
             if weights is not None:
+                if extra is not None:
+                    weights = torch.where(extra.unsqueeze(1), 1.0, weights)
                 columns = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
                 advantages = columns * weights.detach().to(columns.dtype)
         return advantages
@@ -232,6 +249,8 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
                 tokens.focus = mask if tokens.focus is None else tokens.focus & mask
         if tokens.focus is None:
             return
+        if tokens.extra_mask is not None:
+            tokens.focus = tokens.focus | tokens.extra_mask.bool()
         advantages = batch["advantages"]
         columns = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         batch["advantages"] = columns * tokens.focus
@@ -247,6 +266,9 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
     def _weigh_kl(self, batch: dict[str, Any]) -> None:
         """Take TRL's KL term away where its factor is 0; :meth:`on_loss` adds what other factors need."""
         tokens = self._tokens
+        if f"{_CARRY}extra" in batch:
+            rows = torch.where(batch[f"{_CARRY}extra"], 0.0, batch[f"{_CARRY}weight"])
+            tokens.kl_weights = rows.unsqueeze(1)
         for method in self._active:
             self._gauges.enter(method.name)
             weights = method.kl_weights(tokens)
@@ -265,6 +287,9 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
                 if "importance_sampling_ratio" in batch:
                     # rows or tokens that the correction for the sampler threw out do not count here either
                     penalty = penalty.masked_fill(batch["importance_sampling_ratio"] == 0, 0.0)
+                if f"{_CARRY}extra" in batch:
+                    rows = torch.where(batch[f"{_CARRY}extra"], 0.0, batch[f"{_CARRY}weight"])
+                    penalty = penalty * rows.unsqueeze(1)
                 loss = loss + self.aggregate(penalty, batch)
             mean = method.mean_penalty(self._tokens)
             if mean is not None:
@@ -321,15 +346,6 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
                 "Return None for an answer that cannot be scored, or bound the reward."
             )
 
-    def _log_gauges(self) -> None:
-        means, maxima = self._gauges.flush(self.accelerator)
-        metrics = self._metrics[self.mode]
-        for name, value in means.items():
-            metrics[name].append(value)
-        for name, value in maxima.items():
-            # TRL logs the mean of a list: one entry, so that the log shows the largest since the last one
-            metrics[name] = [max([value, *metrics[name]])]
-
     # ---- exact resume -----------------------------------------------------------------------------------
 
     def extra_state(self) -> dict[str, Any]:
@@ -338,6 +354,8 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
         state["methods"] = {method.name: method.state_dict() for method in self.methods}
         if self.wants_movable_reference:
             state["reference"] = self.reference_state()
+        if self._prompt_order is not None:
+            state["prompts_drawn"] = self._prompt_order.position
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -357,6 +375,8 @@ class GRPOTrainer(ExactResume, FiniteGuard, GRPOSeams):
             method.load_state_dict(saved[method.name])
         if self.wants_movable_reference and "reference" in state:
             self.load_reference_state(state.pop("reference"))
+        if "prompts_drawn" in state:
+            self.prompt_order.position = state.pop("prompts_drawn")
         super().load_extra_state(state)
 
 
@@ -419,6 +439,7 @@ def check_methods(
         ranks=config.world_size if config is not None else 1,
         reward_names=reward_names,
         reward_weights=None if weights is None else tuple(weights),
+        needs_all_rows=tuple(m.name for m in methods if m.needs_all_rows and not m.neutral),
     )
     conflicts = [conflict for method in methods for conflict in method.conflicts(setup)]
     fatal = [conflict.message for conflict in conflicts if conflict.fatal]

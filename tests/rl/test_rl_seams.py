@@ -1,6 +1,5 @@
 """One contract test per seam into trl.GRPOTrainer: if TRL changes, the name of the failing test says where."""
 
-import functools
 import inspect
 
 import pytest
@@ -10,7 +9,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from posttrain.rl.method import Method
-from posttrain.rl.seams import EpochRepeatSampler, GRPOSeams, aggregate, reward_name
+from posttrain.rl.seams import EpochRepeatSampler, GRPOSeams, aggregate
 from posttrain.rl.trainer import GRPOTrainer
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
@@ -246,48 +245,27 @@ def test_methods_must_be_methods(tmp_path):
         build(GRPOTrainer, tmp_path, methods=[Everything(), Everything()])
 
 
-@pytest.mark.parametrize("bias_correction", [True, False])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_kl_term_is_what_trl_adds_for_beta(loss_type, level, bias_correction, tmp_path):
-    settings = {"importance_sampling_level": level, "use_bias_correction_kl": bias_correction}
-    trainer = build(GRPOSeams, tmp_path, loss_type=loss_type, **settings)
-    batch = trainer._generate_and_score_completions(rows())
-    noise = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(
-            trainer.model,
-            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-            batch["completion_ids"].size(1),
-        )
-    for key in ("old_per_token_logps", "ref_per_token_logps"):
-        batch[key] = logps + 0.3 * torch.randn(logps.shape, generator=noise)
-    plain = trainer.compute_loss(trainer.model, dict(batch))
-    trainer.beta = 0.2
-    with_kl = trainer.compute_loss(trainer.model, dict(batch))
-    term = trainer.aggregate(trainer.kl_term(batch, logps), batch)
-    assert term > 1e-3
-    assert (with_kl - plain).item() == pytest.approx(term.item(), rel=1e-4)
-
-
-def test_reward_names_are_trls(tmp_path):
-    class Judge:
-        def __call__(self, completions, **kwargs):
-            return [0.0] * len(completions)
-
-    def longer(completions, **kwargs):
-        return [float(len(text)) for text in completions]
-
-    named = Judge()
-    named.__name__ = "judge"
-    functions = [support.letter_reward, longer, functools.partial(longer), named]
-    trainer = TRLGRPOTrainer(
-        model=support.model(),
-        args=support.grpo_config(tmp_path),
-        reward_funcs=list(functions),
-        train_dataset=support.prompts(),
-        processing_class=support.tokenizer(),
+def test_a_second_rollout_in_the_same_step_is_whole_and_leaves_no_trace_in_the_log(tmp_path):
+    """Generations of refills and extra rows: TRL scores them like the first, its log stays as it was."""
+    trainer = build(
+        GRPOTrainer, tmp_path, methods=[Everything()], per_device_train_batch_size=4, steps_per_generation=2
     )
-    assert [reward_name(function) for function in functions] == trainer.reward_func_names
-    assert reward_name("someone/reward-model") == "reward-model"
+    batch = trainer._generate_and_score_completions(rows())
+    metrics = {
+        name: list(values) for name, values in trainer._metrics["train"].items() if name != "num_tokens"
+    }
+    table = trainer.last_completions()
+    tokens = trainer.state.num_input_tokens_seen
+    made = trainer.generate_groups([{"prompt": "name a 3?"}, {"prompt": "spell 5?"}])
+    assert made.rewards.shape == (8, 1)
+    assert made.batch["old_per_token_logps"].shape == made.batch["completion_ids"].shape
+    assert {len(value) for value in made.batch.values()} == {8}
+    assert made.log["prompt",] == ["name a 3?"] * 4 + ["spell 5?"] * 4
+    assert made.log["rewards", "letter_reward"] == made.rewards[:, 0].tolist()
+    after = {name: list(values) for name, values in trainer._metrics["train"].items() if name != "num_tokens"}
+    assert after == metrics
+    assert trainer.last_completions() == table
+    assert trainer.state.num_input_tokens_seen == tokens + int(made.tokens.sum()) + int(
+        made.batch["prompt_mask"].sum()
+    )
+    assert len(batch["prompt_ids"]) == 8
