@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from posttrain.config.check import check_and_load
 from posttrain.config.schema import RunConfig
-from posttrain.models.load import is_untrained
+from posttrain.config.source_check import EMBEDDED_MODELS
 from posttrain.run.directory import RunDirectory, RunError
 
 Share = Literal["once", "per-seed", "no"]
@@ -225,7 +225,9 @@ def _begin_from(config: RunConfig, leader: PlannedRun) -> RunConfig:
 def _one_warm_start(configs: Sequence[RunConfig]) -> bool:
     """Whether all arms make the same warm start; the adapter comes after it."""
     first = configs[0]
-    if first.warm_start is None or not (first.warm_start.when == "always" or is_untrained(first.model)):
+    if first.warm_start is None or not (
+        first.warm_start.when == "always" or first.model.path in EMBEDDED_MODELS
+    ):
         return False
     keys = [
         (c.task, c.model.model_copy(update={"adapter": None}), c.data, c.warm_start, c.threads)
