@@ -62,9 +62,11 @@ def magnitude(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """
     wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
     before, after = before.to(wide), after.to(wide)
-    delta = (after - before).abs()
-    delta[after == before] = 0.0
-    return delta.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    delta = (after - before).abs_()
+    if bool(delta.isnan().any()):
+        delta[after == before] = 0.0
+        delta.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    return delta
 
 
 def compared_dtype(stored: Sequence[torch.dtype], asked: Dtype) -> torch.dtype:
@@ -138,9 +140,13 @@ def count_changes(before: torch.Tensor, after: torch.Tensor, tolerances: Sequenc
     """
     if before.shape != after.shape:
         raise ValueError(f"two versions of a tensor have one shape, found {before.shape} and {after.shape}")
+    if torch.equal(before, after):  # never true with NaN
+        return Counts(before.numel(), (0,) * len(tolerances))
     size = magnitude(before, after)
-    changed = tuple(int((size > tau).sum()) for tau in tolerances)
-    return Counts(size.numel(), changed, int((before.isnan() | after.isnan()).sum()))
+    changed = tuple(int(torch.count_nonzero(size > tau)) for tau in tolerances)
+    # NaN gives infinity, which few other things do
+    nan = int((before.isnan() | after.isnan()).sum()) if bool(size.isinf().any()) else 0
+    return Counts(size.numel(), changed, nan)
 
 
 @dataclass(frozen=True)
