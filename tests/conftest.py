@@ -13,7 +13,7 @@ os.environ.update(
     CUBLAS_WORKSPACE_CONFIG=":4096:8",
 )
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -50,7 +50,8 @@ def load_data(config: DataConfig, task: str, *, hold_out: bool = True) -> Loaded
 
     Args:
         config: The ``data`` section.
-        task: ``sft``, ``rlvr`` or ``ttrl``. For ``sft`` a prompt with an answer gets the answer as its completion.
+        task: ``sft``, ``rlvr`` or ``ttrl``. For ``sft`` a prompt with an answer gets the answer as its
+            completion.
         hold_out: Whether held-out rows are wanted. They come from ``eval.file`` or ``eval.split`` when
             given, from the Hub's ``test`` split when it has one, and are taken out of the training rows
             otherwise: ``eval.size`` rows, by default a tenth and at most 500. Generated tasks generate

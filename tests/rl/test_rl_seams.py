@@ -1,4 +1,4 @@
-"""One contract test per seam into trl.GRPOTrainer: if TRL changes, the name of the failing test says where."""
+"""One contract test per seam into trl.GRPOTrainer: if TRL changes, the failing test says where."""
 
 import inspect
 
@@ -142,9 +142,14 @@ def test_every_loss_type_of_trl_has_a_divisor():
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_sampler_follows_upstream_over_epochs_and_jumps(shuffle):
-    settings = dict(
-        data_source=list(range(9)), mini_repeat_count=2, batch_size=3, repeat_count=2, shuffle=shuffle, seed=5
-    )
+    settings = {
+        "data_source": list(range(9)),
+        "mini_repeat_count": 2,
+        "batch_size": 3,
+        "repeat_count": 2,
+        "shuffle": shuffle,
+        "seed": 5,
+    }
     upstream, ours = RepeatSampler(**settings), EpochRepeatSampler(**settings)
     epochs = [list(upstream) for _ in range(4)]
     for epoch in (0, 1, 2, 3, 1, 3, 0):
