@@ -391,7 +391,8 @@ def sparsity(
     they are compared in decides the result and is printed; so is everything that could not be compared.
     """
     with reported_errors():
-        from posttrain.evaluation.sparsity import DTYPES, TOLERANCES, compare_checkpoints
+        from posttrain.evaluation.changes import DTYPES
+        from posttrain.evaluation.sparsity import TOLERANCES, compare_checkpoints
         from posttrain.evaluation.sparsity_table import print_sparsity
         from posttrain.run.verbs import model_of
 

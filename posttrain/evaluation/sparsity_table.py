@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from posttrain.evaluation.sparsity import Counts, SparsityReport, kind_of
+from posttrain.evaluation.changes import Counts
+from posttrain.evaluation.sparsity import SparsityReport, kind_of
 
 
 def print_sparsity(report: SparsityReport, console: Console, *, tensors: bool = False) -> None:

@@ -9,16 +9,14 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from posttrain.evaluation import checkpoint as reading
-from posttrain.evaluation.sparsity import (
-    compare_checkpoints,
+from posttrain.evaluation.changes import (
     compared_dtype,
     count_changes,
     count_overlap,
-    kind_of,
-    layer_of,
     magnitude,
     update_rank,
 )
+from posttrain.evaluation.sparsity import compare_checkpoints, kind_of, layer_of
 from posttrain.evaluation.sparsity_table import print_sparsity
 from posttrain.models.load import ModelLoadError
 
