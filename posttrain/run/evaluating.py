@@ -11,6 +11,7 @@ from posttrain.config.schema import EvaluateConfig, RunConfig
 from posttrain.evaluation.evaluate import evaluate
 from posttrain.evaluation.results import Evaluation
 from posttrain.rewards.reward import Reward, VerifierFailure
+from posttrain.run.directory import RunError
 
 
 def evaluation_settings(config: RunConfig) -> dict[str, Any]:
@@ -38,6 +39,27 @@ def evaluate_model(
     )
     _refuse_failing(result, reward)
     return result
+
+
+def check_context(config: RunConfig, model: Any, longest: int) -> None:
+    """Refuse, before anything is computed, held-out prompts that leave no room for their completions.
+
+    Args:
+        config: The run.
+        model: Knows its context, in tokens; some have none.
+        longest: Tokens of the longest held-out prompt.
+
+    Raises:
+        RunError: They do not fit together.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest + _limit(config) > context:
+        raise RunError(
+            f"the evaluation does not fit the model: its longest prompt has {longest} tokens, and with "
+            f"{_limit(config)} new ones it exceeds the context of {context}. Set evaluate.max_new_tokens to "
+            f"at most {max(context - longest, 0)}, or leave out longer prompts with data.max_prompt_tokens and "
+            "data.over_length=filter"
+        )
 
 
 def _limit(config: RunConfig) -> int:

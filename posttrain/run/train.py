@@ -6,6 +6,7 @@ of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ from posttrain.report import write_report
 from posttrain.rewards.pool import VerifierStartError
 from posttrain.rewards.reward import Reward, build_rewards
 from posttrain.run.directory import RunDirectory, RunError, write_json, write_text
-from posttrain.run.evaluating import evaluate_model, evaluation_settings
+from posttrain.run.evaluating import check_context, evaluate_model, evaluation_settings
 from posttrain.run.manifest import build_manifest
 from posttrain.run.publish import publish
 from posttrain.run.result import RunResult
@@ -66,15 +67,18 @@ def train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     ranks = _Ranks()
-    ranks.on_main(lambda: run.begin(resume=resume, overwrite=overwrite))
-    if not ranks.state.is_main_process:
-        return _Run(config, run, ranks, resume=resume, command=command).carry_out()
-    with run.held() as hold_again:
+    hold_again: list[Callable[[], None]] = []
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> None:
+            run.begin(resume=resume, overwrite=overwrite)
+            hold_again.append(stack.enter_context(run.held()))
 
         def replace() -> None:
             if run.move_aside():
-                hold_again()
+                hold_again[0]()
 
+        ranks.on_main(begin)
         clear = replace if overwrite else None
         return _Run(config, run, ranks, resume=resume, command=command, clear=clear).carry_out()
 
@@ -140,8 +144,10 @@ class _Run:
             self.args, self.warm_args = self._arguments(rewards), self._warm_start_arguments()
             model, self.tokenizer = load_model(config.model, seed=self.seed)
             self._peft_config(model)
-            train_rows = self._prepare("training", data.train)
-            held_out = None if data.eval is None else self._prepare("held-out", data.eval)
+            train_rows, _ = self._prepare("training", data.train)
+            held_out, longest = (None, 0) if data.eval is None else self._prepare("held-out", data.eval)
+            if config.evaluate is not None and config.rewards:
+                check_context(config, model, longest)
             self.on_main(lambda: self._describe(data))
             model = self._warm_started(model, data)
             before = self._evaluated("before", 0, model, held_out, rewards)
@@ -201,8 +207,8 @@ class _Run:
         except ValueError as error:
             raise RunError(f"model.{error}") from error
 
-    def _prepare(self, name: str, rows: Dataset) -> Dataset:
-        """Turn rows into prompts for this tokenizer and apply the length policy."""
+    def _prepare(self, name: str, rows: Dataset) -> tuple[Dataset, int]:
+        """Turn rows into prompts for this tokenizer and apply the length policy; also return the longest."""
         config = self.config.data
         rows = render(rows, self.tokenizer, config)
         rows, lengths = apply_length_policy(
@@ -213,7 +219,7 @@ class _Run:
             f"{name}: {lengths.kept} rows, {lengths.column} length median {lengths.percentiles[50]}, "
             f"longest {lengths.longest} tokens{left_out}"
         )
-        return rows
+        return rows, lengths.longest if lengths.column == "prompt" else 0
 
     def _describe(self, data: LoadedData) -> None:
         """Write down what is about to run."""
@@ -243,7 +249,7 @@ class _Run:
         if warm is None or self.warm_args is None:
             return model
         if not run.model.exists():
-            rows = self._prepare("warm start", load_warm_start(data, warm.size))
+            rows, _ = self._prepare("warm start", load_warm_start(data, warm.size))
             trainer = sft_trainer(run, self.warm_args, model, self.tokenizer, rows, title="warm start")
             run_training(trainer, newest_checkpoint(run.checkpoints) if self.resume else None)
             partial = run.model.with_name("model.partial")

@@ -20,7 +20,7 @@ from posttrain.models.load import load_for_evaluation
 from posttrain.rewards.pool import VerifierStartError
 from posttrain.rewards.reward import build_rewards
 from posttrain.run.directory import RunDirectory, RunError, write_json
-from posttrain.run.evaluating import evaluate_model
+from posttrain.run.evaluating import check_context, evaluate_model
 from posttrain.run.publish import publish
 
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportConfig.model_fields["format"].annotation)
@@ -108,7 +108,9 @@ def evaluate_path(path: str, config: RunConfig, *, out: Path | None = None) -> E
         folder, config.model.dtype, base=base_of(folder), trust_remote_code=config.model.trust_remote_code
     )
     rows = render(data.eval, tokenizer, config.data)
-    rows, _ = apply_length_policy(rows, tokenizer, config.data.max_prompt_tokens, config.data.over_length)
+    limits = (config.data.max_prompt_tokens, config.data.over_length)
+    rows, lengths = apply_length_policy(rows, tokenizer, *limits)
+    check_context(config, model, lengths.longest)
     try:
         rewards = build_rewards(config.rewards[:1], data)
     except (ValueError, VerifierStartError) as error:

@@ -106,6 +106,17 @@ def test_a_verifier_that_cannot_be_loaded(config):
     assert "fals" in result.stderr
 
 
+def test_an_evaluation_that_cannot_fit_is_refused_before_the_training(config, tmp_path):
+    path = config({"evaluate": {"k": [1], "samples": 1, "max_new_tokens": 506, "before": False}})
+    result = posttrain("train", path, code=2)
+    assert "longest prompt has 7 tokens, and with 506 new ones it exceeds the context of 512" in result.stderr
+    assert "evaluate.max_new_tokens to at most 505" in result.stderr
+    assert list((tmp_path / "run").iterdir()) == []
+    posttrain(
+        "train", path, "evaluate.max_new_tokens=5", "--overwrite"
+    )  # a folder that is new or empty will do
+
+
 def test_run_dir_in_use(config, tmp_path):
     path = config()
     posttrain("train", path)
