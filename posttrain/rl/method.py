@@ -225,7 +225,7 @@ class ExtraPlan:
     """A second generation for some prompts of the batch.
 
     Attributes:
-        temperature: Of the sampling alone; scores keep the run's.
+        temperature: Of the sampling alone, relative to the run's; scores keep the run's.
         prompts: Share of the groups, the first ones; at least one group, and as many as can be dealt out.
         replace: Admitted rows take the places of the first rows of the batch; otherwise they are appended.
     """

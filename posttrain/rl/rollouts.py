@@ -132,7 +132,7 @@ class MoreRollouts(GRPOSeams):
         for method, plan in plans:
             steps = 1 if plan.replace else self.args.steps_per_generation
             wanted = self.even_groups(max(1, math.ceil(plan.prompts * len(prompts))), steps)
-            with self.generation_temperature(plan.temperature):
+            with self.generation_temperature(plan.temperature * self.temperature):
                 generated = self.generate_groups(prompts[:wanted])
             batch = self._admit(method, generated, batch, replace=plan.replace)
         return batch

@@ -65,3 +65,27 @@ def test_ranks_with_different_numbers_of_live_rows(loss_type, tmp_path):
     skipping = run(tmp_path, "skip", {"skip_zero_advantage": {}}, ranks=2, **shape)
     assert any(advantage == 0 for _, _, advantage in plain["table"])
     same(skipping, plain)
+
+
+AEPO = [f"aepo/{name}" for name in ("entropy", "temperature", "used_rows", "positive")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "loss_type"), [("replace", "dapo"), ("alpha", "grpo")], ids=["replace", "alpha"]
+)
+def test_tempered_rows_on_two_ranks(mode, loss_type, tmp_path):
+    """Ten rows a rank, groups of four; the aux rows and the controller are those of one rank."""
+    methods = {
+        "aepo": {
+            "mode": mode,
+            "max_aux_rows": 5,
+            "aux_prompt_fraction": 0.4,
+            "target_entropy": 3.75,
+            "alpha": 0.2,
+        }
+    }
+    one = run(tmp_path, "one", methods, AEPO, per_device_train_batch_size=20, loss_type=loss_type)
+    two = run(tmp_path, "two", methods, AEPO, ranks=2, per_device_train_batch_size=10, loss_type=loss_type)
+    assert sum(row["aepo/positive"] for row in one["logs"]) > 0.3
+    same(two, one)
