@@ -50,7 +50,7 @@ Composes with
     constrained rewards and dynamic sampling act on the main rows before. Refused: a second entropy
     controller (``entropy_coef``, ``use_adaptive_entropy``), ``skip_zero_advantage`` (the entropy is measured
     on every row), TTRL (aux rows would need the label of the main group), a ``rollout_func``. Warned: alpha
-    mode where the loss is a mean over tokens, SPINE's upper hinge, more than 5 % aux rows.
+    mode where the loss is a mean over tokens, SPINE's upper hinge; and when training, more than 5 % aux rows.
 
 When not to use it
     When the entropy does not fall. When samples are cut by ``top_p`` or ``top_k``: that also cuts what a high
@@ -64,6 +64,7 @@ Official code
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -71,6 +72,8 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from posttrain._lazy import torch
 from posttrain.rl.method import Admission, Conflict, Extra, ExtraPlan, Method, Setup, Tokens
+
+logger = logging.getLogger(__name__)
 
 ADVANTAGE_FLOOR = 0.05
 """Advantage within its group above which an aux row counts as positive, from the official code."""
@@ -137,6 +140,7 @@ class AEPO(Method):
     )
     measure_on_main_only: bool = Field(True, description="Leave the aux rows out of the measurement.")
 
+    _warned: bool = PrivateAttr(default=False)
     _entropy: float | None = PrivateAttr(default=None)
     _sums: list[float] = PrivateAttr(default_factory=lambda: [0.0, 0.0])
     _window: Any = PrivateAttr(default=None)
@@ -188,14 +192,6 @@ class AEPO(Method):
                 f"AEPO's alpha weighs sequences, but with loss_type={loss_type!r} it weighs tokens: set "
                 "loss_type to grpo, or mode to replace",
                 field="mode",
-                fatal=False,
-            )
-        rows = _generation_rows(setup)
-        if self.mode == "replace" and rows and self.max_aux_rows > 0.05 * rows:
-            yield Conflict(
-                f"AEPO replaces up to {self.max_aux_rows} of {rows} rows, {self.max_aux_rows / rows:.0%}; "
-                "0.5 % to 5 % is sensible (officially 2.3 %): lower max_aux_rows",
-                field="max_aux_rows",
                 fatal=False,
             )
 
@@ -256,6 +252,15 @@ class AEPO(Method):
         """Return the rows that train, with their weights."""
         good = self.positive(extra)
         count = len(good)
+        if self.mode == "replace" and self.max_aux_rows > 0.05 * extra.rows and not self._warned:
+            self._warned = True
+            logger.warning(
+                "AEPO replaces up to %d of %d rows (%.0f %%); 0.5 %% to 5 %% is usual (2.3 %% officially): "
+                "lower max_aux_rows",
+                self.max_aux_rows,
+                extra.rows,
+                100 * self.max_aux_rows / extra.rows,
+            )
         if self.mode == "alpha":
             main, weight = row_weights(extra.rows + count, count, self.alpha)
             used = Admission(
@@ -293,15 +298,3 @@ class AEPO(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._entropy, self._sums = state["entropy"], list(state["sums"])
-
-
-def _generation_rows(setup: Setup) -> int | None:
-    """Return the rows of a generation batch over all ranks, None when the configuration does not say."""
-    trainer = setup.trainer
-    if trainer.get("generation_batch_size"):
-        return int(trainer["generation_batch_size"])
-    per_device = trainer.get("per_device_train_batch_size")
-    if per_device is None:
-        return None
-    steps = trainer.get("steps_per_generation") or trainer.get("gradient_accumulation_steps") or 1
-    return int(per_device * steps * setup.ranks)

@@ -89,6 +89,15 @@ def test_replace_takes_the_first_positive_rows_and_half_of_them_when_too_hot():
     assert AEPO().admit(extra([1.0] * 8, rows=4)).rows.tolist() == [0, 1, 2, 3]  # no more than there are
 
 
+def test_too_many_rows_are_said_once(caplog):
+    method = AEPO(max_aux_rows=2)
+    for _ in range(2):
+        method.admit(extra([1.0], rows=16))
+    assert caplog.text.count("up to 2 of 16 rows (12 %)") == 1
+    AEPO(max_aux_rows=2).admit(extra([1.0], rows=40))
+    assert len(caplog.records) == 1
+
+
 def test_alpha_takes_every_row_and_rewards_the_right_ones():
     nan = float("nan")
     rewards = [[1.0, 0.0], [0.0, 1.0], [0.9999, 0.0], [nan, 1.0]]

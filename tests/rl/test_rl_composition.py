@@ -5,7 +5,17 @@ import support
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from posttrain import GRPOTrainer
-from posttrain.rl import ACE, AEPO, TTRL, DynamicSampling, LpReg, SkipZeroAdvantage, Spine
+from posttrain.rl import (
+    ACE,
+    AEPO,
+    TTRL,
+    DynamicSampling,
+    GardoDiversity,
+    GardoReference,
+    LpReg,
+    SkipZeroAdvantage,
+    Spine,
+)
 from posttrain.rl.registry import available
 from posttrain.rl.trainer import check_methods
 
@@ -45,10 +55,10 @@ def verdict(tmp_path, methods, settings, rewards=("graded",)):
         ([Spine()], {"entropy_coef": 0.01}, REFUSE, "entropy_coef"),
         ([Spine()], {"use_adaptive_entropy": True}, REFUSE, "use_adaptive_entropy"),
         ([Spine()], {"importance_sampling_level": "sequence"}, REFUSE, "sequence"),
-        ([Spine(), AEPO(max_aux_rows=1)], {"per_device_train_batch_size": 32}, WARN, "band_weight_high"),
+        ([Spine(), AEPO()], {}, WARN, "band_weight_high"),
         (
-            [Spine(band_weight_high=0), AEPO(max_aux_rows=1)],
-            {"per_device_train_batch_size": 32},
+            [Spine(band_weight_high=0), AEPO()],
+            {},
             FINE,
             "",
         ),
@@ -60,34 +70,37 @@ def verdict(tmp_path, methods, settings, rewards=("graded",)):
         ([LpReg()], {**LP, "loss_type": "luspo"}, REFUSE, "luspo"),
         ([LpReg()], {}, WARN, "epsilon"),
         (
-            [AEPO(max_aux_rows=1)],
-            {"per_device_train_batch_size": 32, "entropy_coef": 0.01},
+            [AEPO()],
+            {"entropy_coef": 0.01},
             REFUSE,
             "entropy_coef",
         ),
-        ([AEPO(max_aux_rows=1)], {"use_adaptive_entropy": True}, REFUSE, "use_adaptive_entropy"),
+        ([AEPO()], {"use_adaptive_entropy": True}, REFUSE, "use_adaptive_entropy"),
         ([AEPO(mode="alpha")], {"loss_type": "grpo"}, FINE, ""),
         ([AEPO(mode="alpha")], {"loss_type": "dapo"}, WARN, "weighs tokens"),
         ([AEPO(mode="alpha")], {"loss_type": "dr_grpo"}, WARN, "weighs tokens"),
-        ([AEPO(max_aux_rows=1)], {"per_device_train_batch_size": 32, "loss_type": "dapo"}, FINE, ""),
-        ([AEPO(max_aux_rows=2)], {"per_device_train_batch_size": 32}, WARN, "2 of 32 rows, 6%"),
+        ([AEPO()], {"loss_type": "dapo"}, FINE, ""),
         (
-            [AEPO(max_aux_rows=1)],
-            {"per_device_train_batch_size": 32, "importance_sampling_level": "sequence"},
+            [AEPO()],
+            {"importance_sampling_level": "sequence"},
             FINE,
             "",
         ),
-        ([AEPO(max_aux_rows=1), ACE(), LpReg()], {**LP, "per_device_train_batch_size": 32}, FINE, ""),
-        ([AEPO(max_aux_rows=1), vote()], VOTES, REFUSE, "label"),
+        ([AEPO(), ACE(), LpReg()], LP, FINE, ""),
+        ([AEPO(), vote()], VOTES, REFUSE, "label"),
         ([DynamicSampling(), ACE(), LpReg()], LP, FINE, ""),
         ([DynamicSampling(), vote(), Spine()], VOTES, FINE, ""),
         ([DynamicSampling(), SkipZeroAdvantage()], {}, FINE, ""),
         ([SkipZeroAdvantage(), ACE(), LpReg()], LP, FINE, ""),
         ([SkipZeroAdvantage(), Spine(**NO_BAND)], {}, FINE, ""),
         ([SkipZeroAdvantage(), Spine()], {}, REFUSE, "spine acts on them"),
-        ([SkipZeroAdvantage(), AEPO(max_aux_rows=1)], {}, REFUSE, "aepo acts on them"),
+        ([SkipZeroAdvantage(), AEPO()], {}, REFUSE, "aepo acts on them"),
         ([SkipZeroAdvantage(), AEPO(max_aux_rows=0)], {}, FINE, ""),
         ([SkipZeroAdvantage()], {"beta": 0.1}, REFUSE, "beta=0.1"),
+        ([SkipZeroAdvantage(), DynamicSampling(), GardoDiversity()], {"scale_rewards": "none"}, FINE, ""),
+        ([AEPO(), DynamicSampling(), GardoDiversity()], {"scale_rewards": "none"}, FINE, ""),
+        ([AEPO(), GardoReference()], {"beta": 0.1}, FINE, ""),
+        ([ACE(), GardoReference()], {"beta": 0.1}, REFUSE, "fixed reference"),
     ],
     ids=lambda value: "+".join(m.name for m in value) if isinstance(value, list) else None,
 )
