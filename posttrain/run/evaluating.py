@@ -57,8 +57,8 @@ def check_context(config: RunConfig, model: Any, longest: int) -> None:
         raise RunError(
             f"the evaluation does not fit the model: its longest prompt has {longest} tokens, and with "
             f"{_limit(config)} new ones it exceeds the context of {context}. Set evaluate.max_new_tokens to "
-            f"at most {max(context - longest, 0)}, or leave out longer prompts with data.max_prompt_tokens and "
-            "data.over_length=filter"
+            f"at most {max(context - longest, 0)}, or leave out longer prompts with data.max_prompt_tokens "
+            "and data.over_length=filter"
         )
 
 
