@@ -18,7 +18,7 @@ import posttrain.rl
 from posttrain.rl.method import Method
 
 # Modules of the package that hold the machinery; importing the first three pulls in torch and TRL.
-_MACHINERY = frozenset({"trainer", "seams", "rollouts", "rows", "gauges", "method", "registry"})
+_MACHINERY = frozenset({"trainer", "seams", "formulas", "rollouts", "rows", "gauges", "method", "registry"})
 
 
 @functools.cache

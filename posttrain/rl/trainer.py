@@ -25,6 +25,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from posttrain.checkpointing.resume import ExactResume
 from posttrain.guards import FiniteGuard
 from posttrain.kernels.head import Scored
+from posttrain.rl.formulas import group_advantages
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import (
     AllRows,
@@ -38,7 +39,7 @@ from posttrain.rl.method import (
 )
 from posttrain.rl.rollouts import MoreRollouts
 from posttrain.rl.rows import CARRY as _CARRY
-from posttrain.rl.seams import group_advantages, reward_name
+from posttrain.rl.seams import reward_name
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import support
+from rollout_ranks import FixedRollouts, even, written
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from posttrain import GRPOTrainer
@@ -181,3 +182,46 @@ def test_everything_that_goes_together_trains_together(tmp_path):
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
     assert len(norms) == 3
     assert min(norms) > 0
+
+
+def test_refilled_groups_vote_among_themselves_and_train_their_samples(tmp_path):
+    """TTRL with half of the votes training: the first generation is logged, the groups that train disagree."""
+    trainer = FixedRollouts(
+        model=support.model(),
+        args=support.grpo_config(tmp_path, per_device_train_batch_size=16),
+        reward_funcs=even,
+        train_dataset=support.prompts(40),
+        processing_class=support.tokenizer(),
+        methods=[
+            TTRL(n_votes=4, n_samples=2, extract="choice", equivalence="exact"),
+            DynamicSampling(max_rounds=9),
+        ],
+    )
+    votes = {}
+
+    def read(text, how):  # prompts 0 and 2 are unanimous, others split two to two
+        return votes[text]
+
+    for n in range(40):
+        for i in range(4):
+            text = trainer._tokenizer.decode(written(trainer.train_dataset[n]["prompt"], i))
+            votes[text] = "A" if n in (0, 2) or i in (0, 3) else "B"
+    trainer.model.train()
+    rows = [dict(trainer.train_dataset[n]) for n in (0, 1, 2, 3) for _ in range(4)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("posttrain.rl.ttrl.read_answer", read)
+        batch = trainer._generate_and_score_completions(rows)
+    metrics = trainer._metrics["train"]
+    assert metrics["dynamic_sampling/dead_groups"] == [0.5]
+    assert metrics["dynamic_sampling/left_dead"] == [0.0]
+    assert metrics["ttrl/majority_ratio"] == [0.75]  # 1, 1/2, 1, 1/2: the first generation
+    assert len(batch["prompt_ids"]) == 8  # two of four rows train
+    assert batch["posttrain/reward"].tolist() == [1.0, 0.0] * 4  # the tie goes to the first
+    texts = trainer.texts_of(batch)
+    kept = {
+        trainer._tokenizer.decode(written(trainer.train_dataset[n]["prompt"], i))
+        for n in (0, 2)
+        for i in (0, 1)
+    }
+    assert not kept & set(texts)
+    assert batch["num_items_in_batch"] == batch["completion_mask"].sum()

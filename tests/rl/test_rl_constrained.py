@@ -14,9 +14,9 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from posttrain import GRPOTrainer
 from posttrain.rl import Constrained
 from posttrain.rl.constrained import bounded_weights, mixed_advantages, multiplier_gradient, multiplier_step
+from posttrain.rl.formulas import group_advantages
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import AllRows, Rollout, Setup
-from posttrain.rl.seams import group_advantages
 
 NO, YES = torch.tensor([False, False]), torch.tensor([True, True])
 PLUS = torch.ones(2, dtype=torch.float64)

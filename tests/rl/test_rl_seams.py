@@ -6,10 +6,12 @@ import pytest
 import support
 import torch
 from trl import GRPOTrainer as TRLGRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
+from posttrain.rl.formulas import aggregate
 from posttrain.rl.method import Method
-from posttrain.rl.seams import EpochRepeatSampler, GRPOSeams, aggregate
+from posttrain.rl.seams import EpochRepeatSampler, GRPOSeams
 from posttrain.rl.trainer import GRPOTrainer
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
@@ -274,3 +276,10 @@ def test_a_second_rollout_in_the_same_step_is_whole_and_leaves_no_trace_in_the_l
         made.batch["prompt_mask"].sum()
     )
     assert len(batch["prompt_ids"]) == 8
+
+
+def test_vllm_reads_its_temperature_at_each_generation():
+    """Extra rows change it between two generations; the path without vLLM is tested with a model."""
+    source = inspect.getsource(VLLMGeneration.generate)
+    assert "temperature = self.temperature" in source
+    assert "self.temperature = temperature" in inspect.getsource(VLLMGeneration.__init__)

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from posttrain.rewards.extract import Extract
 from posttrain.rl import ACE, TTRL
+from posttrain.rl.formulas import group_advantages
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import Samples, Setup
-from posttrain.rl.seams import group_advantages
 from posttrain.rl.ttrl import Reading, majority_vote, pseudo_rewards, read_answer, unlabelled
 
 SHEET = ["12", "7", "12", "12", "", "7", "12", "3"]

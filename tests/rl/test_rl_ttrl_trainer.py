@@ -15,7 +15,8 @@ from ttrl_ranks import build, rollout, verifier
 
 from posttrain.config.check import check_config
 from posttrain.rl import ACE, TTRL, Spine
-from posttrain.rl.seams import GRPOSeams, group_advantages
+from posttrain.rl.formulas import group_advantages
+from posttrain.rl.seams import GRPOSeams
 from posttrain.rl.ttrl import read_answer, unlabelled
 
 TESTS = Path(__file__).resolve().parents[1]
