@@ -65,7 +65,7 @@ Official code
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -144,7 +144,7 @@ class AEPO(Method):
     _entropy: float | None = PrivateAttr(default=None)
     _sums: list[float] = PrivateAttr(default_factory=lambda: [0.0, 0.0])
     _window: Any = PrivateAttr(default=None)
-    _reduce: Callable[[torch.Tensor], torch.Tensor] | None = PrivateAttr(default=None)
+    _reduce: Any = PrivateAttr(default=None)  # a callable; its type would need torch
 
     @model_validator(mode="after")
     def _cold_is_not_hot(self) -> AEPO:
