@@ -185,7 +185,7 @@ def test_everything_that_goes_together_trains_together(tmp_path):
 
 
 def test_refilled_groups_vote_among_themselves_and_train_their_samples(tmp_path):
-    """TTRL with half of the votes training: the first generation is logged, the groups that train disagree."""
+    """TTRL with half of the votes training: the log has the first generation, what trains disagrees."""
     trainer = FixedRollouts(
         model=support.model(),
         args=support.grpo_config(tmp_path, per_device_train_batch_size=16),
