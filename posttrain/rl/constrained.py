@@ -47,8 +47,9 @@ Composes with
 
 When not to use it
     With one reward and no limit: that is GRPO. With a threshold that cannot be reached, the weight only
-    saturates. Oscillation around a threshold is normal; raise ``window`` or lower ``lr``. With ``equal`` the
-    weights start at 0, so the first batch only knows the task.
+    saturates. Oscillation around a threshold is normal: the multiplier integrates the violation, so it turns
+    late. Lower ``cap``, raise ``window`` or lower ``lr``. With ``equal`` the weights start at 0, so the first
+    batch only knows the task.
 
 Official code
     tedmoskovitz/ConstrainedRL4LMs (PPO). Thresholds there go by position, and the two shipped files disagree
