@@ -20,23 +20,86 @@ class Row:
 
     Attributes:
         active: Parameters with which it acts on a tiny run.
+        exact: Whether even then it trains as TRL does, up to rounding, only cheaper.
         neutral: Parameters with which it is TRL bit for bit, or why there are none.
         tied: None when groups with all rewards equal are TRL's business alone, else why not.
         trainer: Settings of the trainer that ``active`` needs.
         refused: Settings of the trainer, one at a time, that the method refuses.
         rewards: Reward functions by the names the parameters use.
+        adapter: Whether an adapter is trained; with ``beta`` a whole model would have to lie on disk.
     """
 
     active: dict[str, Any]
     neutral: dict[str, Any] | str
+    exact: bool = False
     tied: str | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, Any] = field(default_factory=dict)
     rewards: tuple[Any, ...] = (support.letter_reward,)
+    adapter: bool = False
+
+
+def short_reward(completions, **kwargs):
+    """An auxiliary reward that often disagrees with the first."""
+    return [1.0 / (1 + len(text)) for text in completions]
 
 
 ROWS = {
+    "aepo": Row(
+        active={"max_aux_rows": 4},
+        neutral={"max_aux_rows": 0},
+        refused={"entropy_coef": 0.1, "use_adaptive_entropy": True},
+    ),
+    "dynamic_sampling": Row(
+        active={"max_rounds": 2},
+        neutral={"max_rounds": 0},
+        tied="groups that stay dead get advantage 0, rounding included",
+    ),
+    "skip_zero_advantage": Row(
+        active={},
+        neutral="it changes nothing but the order of sums",
+        trainer={"beta": 0.0},
+        refused={"beta": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.5},
+    ),
     "ace": Row(active={"alpha": 2.0}, neutral={"alpha": 0.0}, refused={"sync_ref_model": True}),
+    "aepo": Row(
+        active={"target_entropy": 5.0, "max_aux_rows": 8},
+        neutral={"max_aux_rows": 0},
+        refused={"entropy_coef": 0.1, "use_adaptive_entropy": True},
+    ),
+    "constrained": Row(
+        active={"at_least": {"letter_reward": 0.5}},
+        neutral="its weights never stand still at those of TRL",
+        refused={"multi_objective_aggregation": "normalize_then_sum"},
+    ),
+    "dynamic_sampling": Row(
+        active={"max_rounds": 2},
+        neutral={"max_rounds": 0},
+        tied="it replaces such groups",
+    ),
+    "gardo_diversity": Row(active={}, neutral="it has no strength"),
+    "gardo_kl": Row(
+        active={"fraction": 0.2},
+        neutral={"fraction": 1.0, "step": 0.0, "bounds": (0.0, 1.0)},
+        tied="it weighs the KL term, which is there without rewards",
+        trainer={"beta": 0.5, "reward_weights": [1.0, 0.0], "num_iterations": 2},
+        refused={"beta": 0.0},
+        rewards=(support.letter_reward, short_reward),
+        adapter=True,
+    ),
+    "gardo_reference": Row(
+        active={"max_steps": 1},
+        neutral={"max_kl": None, "max_steps": None},
+        trainer={"beta": 0.5},
+        refused={"sync_ref_model": True, "beta": 0.0},
+        adapter=True,
+    ),
+    "skip_zero_advantage": Row(
+        active={},
+        neutral="it does nothing but save work",
+        exact=True,
+        refused={"beta": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.5},
+    ),
     "lp_reg": Row(
         active={"rho": 1.0, "kappa": 0.9},
         neutral={"beta": 0.0},
@@ -79,6 +142,7 @@ def build(folder, row, parameters=None, *, name="", cls=GRPOTrainer, **settings)
         train_dataset=support.prompts(),
         eval_dataset=support.prompts(2),
         processing_class=support.tokenizer(),
+        peft_config=support.lora() if row.adapter else None,
         **given,
     )
 
@@ -130,7 +194,13 @@ def test_neutral_is_trl_and_active_is_not(name, tmp_path):
         support.assert_same(support.weights(neutral.model), support.weights(upstream.model))
     active = build(tmp_path / "active", row, row.active, name=name)
     active.train()
-    assert support.logged(active, "grad_norm") != support.logged(upstream, "grad_norm")
+    ours, theirs = (support.logged(trainer, "grad_norm") for trainer in (active, upstream))
+    if row.exact:
+        assert [value for (value,) in ours] == pytest.approx(
+            [value for (value,) in theirs], rel=1e-4, abs=1e-6
+        )
+    else:
+        assert ours != theirs
 
 
 @every_method
@@ -216,9 +286,9 @@ def test_conflicts_are_refused(name, tmp_path):
     row = ROWS[name]
     method = registry.resolve(name)(**row.active)
     names = tuple(function.__name__ for function in row.rewards)
-    settings = {"beta": 0.1} | row.trainer
-    check_methods([method], support.grpo_config(tmp_path, **settings), adapter=False, reward_names=names)
+    config = support.grpo_config(tmp_path, **row.trainer)
+    check_methods([method], config, adapter=row.adapter, reward_names=names)
     for key, value in row.refused.items():
-        config = support.grpo_config(tmp_path, **(settings | {key: value}))
+        config = support.grpo_config(tmp_path, **(row.trainer | {key: value}))
         with pytest.raises(ValueError, match=key):
-            check_methods([method], config, adapter=False, reward_names=names)
+            check_methods([method], config, adapter=row.adapter, reward_names=names)
