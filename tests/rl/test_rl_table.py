@@ -46,7 +46,7 @@ def short_reward(completions, **kwargs):
 
 ROWS = {
     "aepo": Row(
-        active={"max_aux_rows": 4},
+        active={"max_aux_rows": 4, "target_entropy": 5.0},
         neutral={"max_aux_rows": 0},
         refused={"entropy_coef": 0.1, "use_adaptive_entropy": True},
     ),
@@ -58,24 +58,15 @@ ROWS = {
     "skip_zero_advantage": Row(
         active={},
         neutral="it changes nothing but the order of sums",
-        trainer={"beta": 0.0},
+        exact=True,
         refused={"beta": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.5},
     ),
     "ace": Row(active={"alpha": 2.0}, neutral={"alpha": 0.0}, refused={"sync_ref_model": True}),
-    "aepo": Row(
-        active={"target_entropy": 5.0, "max_aux_rows": 8},
-        neutral={"max_aux_rows": 0},
-        refused={"entropy_coef": 0.1, "use_adaptive_entropy": True},
-    ),
     "constrained": Row(
         active={"at_least": {"letter_reward": 0.5}},
         neutral="its weights never stand still at those of TRL",
+        tied="it makes advantages of its own, which are exactly zero then",
         refused={"multi_objective_aggregation": "normalize_then_sum"},
-    ),
-    "dynamic_sampling": Row(
-        active={"max_rounds": 2},
-        neutral={"max_rounds": 0},
-        tied="it replaces such groups",
     ),
     "gardo_diversity": Row(active={}, neutral="it has no strength"),
     "gardo_kl": Row(
@@ -93,12 +84,6 @@ ROWS = {
         trainer={"beta": 0.5},
         refused={"sync_ref_model": True, "beta": 0.0},
         adapter=True,
-    ),
-    "skip_zero_advantage": Row(
-        active={},
-        neutral="it does nothing but save work",
-        exact=True,
-        refused={"beta": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.5},
     ),
     "lp_reg": Row(
         active={"rho": 1.0, "kappa": 0.9},
