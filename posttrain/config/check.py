@@ -154,7 +154,7 @@ def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, dict[st
         trainer,
         config.trainer,
         adapter=adapter,
-        rewards=len(config.rewards),
+        rewards=config.rewards,
     )
     problems += more
     problems += check_model(config.model)

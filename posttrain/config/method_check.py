@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from posttrain.config.problems import KeyPath, Problem, nearest
+from posttrain.config.schema import RewardConfig
 from posttrain.config.sentences import problems_of
 from posttrain.config.tasks import Task, TaskSpec
 from posttrain.config.trainer_rules import processes
@@ -22,7 +23,7 @@ def check_methods(
     written: Mapping[str, Any],
     *,
     adapter: bool,
-    rewards: int,
+    rewards: Sequence[RewardConfig],
 ) -> tuple[list[Problem], dict[str, dict[str, Any]]]:
     """Check every method with its parameters, then each against the whole setup.
 
@@ -33,7 +34,7 @@ def check_methods(
         trainer: Every field of the TRL configuration with its value.
         written: The ``trainer:`` section as written, to point at the right line.
         adapter: Whether a PEFT adapter is trained.
-        rewards: Number of entries under ``rewards:``.
+        rewards: The entries under ``rewards:``.
 
     Returns:
         The problems, and the parameters of the valid methods with defaults filled in.
@@ -98,8 +99,9 @@ def _conflicts(
     trainer: Mapping[str, Any],
     written: Mapping[str, Any],
     adapter: bool,
-    rewards: int,
+    rewards: Sequence[RewardConfig],
 ) -> Iterator[Problem]:
+    from posttrain.rewards.reward import reward_names
     from posttrain.rl.method import Method, Setup
 
     setup = Setup(
@@ -107,7 +109,9 @@ def _conflicts(
         methods=tuple(built),
         adapter=adapter,
         task=task,
-        rewards=rewards,
+        rewards=len(rewards),
+        reward_names=tuple(reward_names(rewards)) if rewards else None,
+        reward_weights=tuple(reward.weight for reward in rewards) if rewards else None,
         ranks=processes(),
         needs_all_rows=tuple(
             name for name, m in built.items() if isinstance(m, Method) and m.needs_all_rows and not m.neutral

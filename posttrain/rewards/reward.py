@@ -143,13 +143,10 @@ def build_rewards(configs: Sequence[RewardConfig], data: LoadedData | DataConfig
         if not isinstance(data, DataConfig):
             _check_columns(spec, data)
         planned.append((entry, spec, memory))
-    names: Counter[str] = Counter()
     rewards: list[Reward] = []
     try:
-        for entry, spec, memory in planned:
-            name = entry.name.rpartition(".")[2] if spec.is_function else entry.name
-            names[name] += 1
-            rewards.append(Reward(name if names[name] == 1 else f"{name}_{names[name]}", entry, spec, memory))
+        for name, (entry, spec, memory) in zip(reward_names(configs), planned, strict=True):
+            rewards.append(Reward(name, entry, spec, memory))
         for reward in rewards:  # all of them are starting already
             reward.pool.wait_ready()
     except BaseException:
@@ -157,6 +154,20 @@ def build_rewards(configs: Sequence[RewardConfig], data: LoadedData | DataConfig
             reward.close()
         raise
     return rewards
+
+
+def reward_names(configs: Sequence[RewardConfig]) -> list[str]:
+    """Return what the rewards of a run are called in logs and in the parameters of methods.
+
+    A verifier has its own name, a function its last part; the second of a name is ``NAME_2``.
+    """
+    seen: Counter[str] = Counter()
+    names = []
+    for entry in configs:
+        name = entry.name.rpartition(".")[2] if entry.name.startswith(FUNCTION_PREFIX) else entry.name
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return names
 
 
 def verifier_spec(config: RewardConfig, data: DataConfig) -> tuple[VerifierSpec, float | None]:
