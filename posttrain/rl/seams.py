@@ -1,5 +1,7 @@
 """Every place where posttrain touches the inside of ``trl.GRPOTrainer``, and nothing else.
 
+A second generation inside a step has a module of its own on top of this one, :mod:`posttrain.rl.rollouts`.
+
 Checked against TRL 1.16; ``tests/rl/test_rl_seams.py`` holds one contract test per seam, so that an upgrade
 of TRL breaks a test with a readable name. Upstream's loss is never copied: what methods change goes in
 through its inputs (advantages) or is added to its result with the same divisor.
