@@ -167,6 +167,11 @@ class EvaluateConfig(Section):
     resamples: int = Field(default=2000, ge=100, description="Bootstrap resamples.")
     seed: int = Field(default=0, ge=0)
     before: bool = Field(default=True, description="Also evaluate the starting model, on the same problems.")
+    every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Also evaluate every so many optimiser steps, logged as held_out/...; never when unset.",
+    )
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvaluateConfig:

@@ -78,7 +78,7 @@ def evaluate(
     if len(dataset) == 0:
         raise ValueError("evaluation needs at least one problem, found an empty data set")
     limit = config.max_new_tokens or max_new_tokens
-    settings = config.model_dump(exclude={"before"}) | {"max_new_tokens": limit}
+    settings = config.model_dump(exclude={"before", "every"}) | {"max_new_tokens": limit}
     rows: list[dict[str, Any]] = [dict(row) for row in dataset]
     rank, world = _world()
     started = time.perf_counter()

@@ -66,6 +66,7 @@ def build(runs: Sequence[Run]) -> list[Group]:
     return [group for group in groups if group.figures or group.constants]
 
 
+HELD_OUT = "Held-out, during training"
 OTHER = "Everything else that was logged"
 
 
@@ -121,6 +122,8 @@ def _heading(key: str, methods: set[str]) -> str:
     prefix, slash, _ = key.partition("/")
     if prefix in ("rewards", "verifier"):
         return "Rewards and verifiers"
+    if prefix == "held_out":
+        return HELD_OUT
     if prefix in methods or (slash and prefix not in UPSTREAM):
         return f"Method: {prefix}"
     return OTHER

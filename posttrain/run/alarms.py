@@ -38,7 +38,7 @@ class Limits:
         dead_groups: Share of groups whose rewards are all equal.
         failures: Share of verdicts that are errors or timeouts.
         logp_gap: Mean rollout/trainer log-probability gap, nats per token.
-        held_out_drop: Fall of the held-out reward from its best while the training reward rises.
+        held_out_drop: Fall of the held-out reward or pass@k from its best while the training reward rises.
     """
 
     patience: int = 5
@@ -199,18 +199,29 @@ def rollout_gap(history: History, limits: Limits) -> tuple[str, str] | None:
 
 
 def reward_without_gain(history: History, limits: Limits) -> tuple[str, str] | None:
-    """The training reward rises while the held-out one falls."""
+    """The training reward rises while the held-out one, or held-out pass@k, falls."""
     start, now = history.start("reward", limits.patience), history.now("reward", limits.patience)
-    best, last = history.best("eval_reward"), history.last("eval_reward")
-    if start is None or now is None or best is None or last is None:
+    if start is None or now is None or now <= start:
         return None
-    if now <= start or best - last <= limits.held_out_drop:
+    judges = [name for name in history.names() if name == "eval_reward" or name.startswith("held_out/pass@")]
+    falls = {name: (history.best(name) or 0.0) - (history.last(name) or 0.0) for name in judges}
+    worst = max(falls, key=lambda name: falls[name], default=None)
+    if worst is None or falls[worst] <= limits.held_out_drop:
         return None
+    called = "held-out reward" if worst == "eval_reward" else worst.replace("held_out/", "held-out ")
+    advice = (
+        "the policy overfits or exploits the reward: stop at the best checkpoint, read completions, "
+        "add prompts"
+    )
+    if worst.startswith("held_out/") and worst != "held_out/pass@1":
+        advice = (
+            "the policy narrows to fewer ways of answering: lower the learning rate, raise epsilon_high "
+            "(0.28), or switch on a method that keeps pass@k up (ace, lp_reg, aepo)"
+        )
     return (
-        f"training reward rose from {start:.3g} to {now:.3g}, held-out reward fell from {best:.3g} to "
-        f"{last:.3g}",
-        "the policy overfits or exploits the reward: stop at the best checkpoint, read completions, add "
-        "prompts",
+        f"training reward rose from {start:.3g} to {now:.3g}, {called} fell from "
+        f"{history.best(worst):.3g} to {history.last(worst):.3g}",
+        advice,
     )
 
 

@@ -17,13 +17,13 @@ from posttrain.run.directory import RunError
 def evaluation_settings(config: RunConfig) -> dict[str, Any]:
     """Return everything that defines the numbers of an evaluation, as :class:`Evaluation` records it."""
     settings = config.evaluate or EvaluateConfig()
-    return settings.model_dump(exclude={"before"}) | {"max_new_tokens": _limit(config)}
+    return settings.model_dump(exclude={"before", "every"}) | {"max_new_tokens": _limit(config)}
 
 
 def evaluate_model(
-    config: RunConfig, model: Any, tokenizer: Any, rows: Dataset, reward: Reward
+    config: RunConfig, model: Any, tokenizer: Any, rows: Dataset, reward: Reward, *, progress: bool = True
 ) -> Evaluation:
-    """Evaluate ``model`` on rendered held-out rows.
+    """Evaluate ``model`` on rendered held-out rows, with bars on a terminal if ``progress``.
 
     Raises:
         VerifierFailure: The verifier failed on more completions than ``max_failures`` of the reward allows,
@@ -36,6 +36,7 @@ def evaluate_model(
         reward.verify,
         config.evaluate or EvaluateConfig(),
         max_new_tokens=_limit(config),
+        progress=progress,
     )
     _refuse_failing(result, reward)
     return result

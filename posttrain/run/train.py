@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.console import Console
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, SFTConfig
 
 from posttrain.checkpointing.resume import newest_checkpoint
@@ -36,6 +36,7 @@ from posttrain.rewards.pool import VerifierStartError
 from posttrain.rewards.reward import Reward, build_rewards
 from posttrain.run.directory import RunDirectory, RunError, write_json, write_text
 from posttrain.run.evaluating import check_context, evaluate_model, evaluation_settings
+from posttrain.run.held_out import HeldOutEvaluation
 from posttrain.run.manifest import build_manifest
 from posttrain.run.publish import publish
 from posttrain.run.result import RunResult
@@ -267,12 +268,30 @@ class _Run:
         partial.replace(self.run.warm_start.model)
 
     def _trainer(self, model: Any, rows: Dataset, held_out: Dataset | None, rewards: Sequence[Reward]) -> Any:
-        options = {"held_out": held_out, "peft_config": self._peft_config(model)}
+        options = {
+            "held_out": held_out,
+            "peft_config": self._peft_config(model),
+            "watchers": self._watchers(held_out, rewards),
+        }
         if TASKS[self.config.task].generates:
             return grpo_trainer(
                 self.config, self.run, self.args, model, self.tokenizer, rows, rewards, **options
             )
         return sft_trainer(self.run, self.args, model, self.tokenizer, rows, **options)
+
+    def _watchers(self, rows: Dataset | None, rewards: Sequence[Reward]) -> list[TrainerCallback]:
+        """Return what evaluates on the held-out rows during training, if the configuration asks for it."""
+        settings = self.config.evaluate
+        if settings is None or settings.every is None or rows is None or not rewards:
+            return []
+        return [
+            HeldOutEvaluation(
+                settings.every,
+                lambda model: evaluate_model(
+                    self.config, model, self.tokenizer, rows, rewards[0], progress=False
+                ),
+            )
+        ]
 
     def _train(self, trainer: Any) -> None:
         checkpoint = newest_checkpoint(self.run.checkpoints) if self.resume else None

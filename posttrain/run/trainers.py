@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import GRPOConfig, SFTConfig
 
@@ -51,9 +52,10 @@ def sft_trainer(
     *,
     held_out: Dataset | None = None,
     peft_config: Any = None,
+    watchers: Sequence[TrainerCallback] = (),
     title: str = "sft",
 ) -> SFTTrainer:
-    """Build the supervised trainer of a run or of its warm start."""
+    """Build the supervised trainer of a run or its warm start; ``watchers`` come before what reads logs."""
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -61,7 +63,7 @@ def sft_trainer(
         eval_dataset=held_out if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[RunRecorder(run), FiniteWeights()],
+        callbacks=[*watchers, RunRecorder(run), FiniteWeights()],
     )
     return _watched(trainer, run, title)
 
@@ -77,8 +79,9 @@ def grpo_trainer(
     *,
     held_out: Dataset | None = None,
     peft_config: Any = None,
+    watchers: Sequence[TrainerCallback] = (),
 ) -> GRPOTrainer:
-    """Build the reinforcement-learning trainer of a run."""
+    """Build the reinforcement-learning trainer of a run; ``watchers`` come before what reads logs."""
     recorder = RunRecorder(run)
     trainer = GRPOTrainer(
         model=model,
@@ -88,7 +91,7 @@ def grpo_trainer(
         eval_dataset=held_out if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[recorder, FiniteWeights()],
+        callbacks=[*watchers, recorder, FiniteWeights()],
         methods=registry.build(config.methods),
     )
     recorder.trainer = trainer

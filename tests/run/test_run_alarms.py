@@ -54,6 +54,16 @@ def test_alarm(name, tmp_path):
     assert 30 < found[name].step <= 60  # after the healthy part, within its patience
 
 
+def test_narrowing_shows_in_pass_at_k_and_names_what_to_try():
+    before = {"held_out/pass@1": 0.3, "held_out/pass@16": 0.9}
+    after = {"reward": 0.9, "held_out/pass@1": 0.6, "held_out/pass@16": 0.7}
+    found = raised(before, after)["reward_without_gain"]
+    assert "held-out pass@16 fell from 0.9 to 0.7" in found.message
+    assert "ace" in found.advice
+    assert raised(before, after | {"held_out/pass@16": 0.88}) == {}  # within the limit
+    assert raised(before, after | {"reward": 0.5}) == {}  # no rise, no alarm
+
+
 def test_a_healthy_run_is_quiet():
     assert (
         raised({}, {"reward": 0.8, "entropy": 0.5, "completions/mean_length": 90, "eval_reward": 0.7}) == {}
