@@ -1,0 +1,1 @@
+"""Which weights train: plans, selectors, schedules and backends."""
