@@ -334,8 +334,8 @@ class SelectionPlan:
             hint = f"; the nearest name is {near[0]!r}" if near else ""
             raise PlanError(
                 f"the plan names {len(unknown)} tensors that the model does not have, first {unknown[0]!r}"
-                f"{hint}. Use the model the plan was made for (with its adapter, if it had one), or make a new "
-                "plan."
+                f"{hint}. Use the model the plan was made for (with its adapter, if it had one), or make "
+                "a new plan."
             )
         missing = [name for name in parameters if name not in self.tensors]
         if missing:
