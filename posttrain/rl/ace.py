@@ -20,7 +20,8 @@ Formula
 Defaults and where they come from
     alpha 1.0 (best of the paper's sweep, as reported), softplus (ReLU was ablated and is worse), division
     by length on, policy side "old" (the policy that is about to be updated; on-policy it equals the live
-    one). ``c_clip`` is ours and off. The paper's runs use a base KL of 0.001, groups of 8 and a binary
+    one). ``c_clip`` is ours and off. ``activation="constant"`` is ours too: w = 1 + alpha ln 2 for every
+    error, the control that tells what the drift adds to a plain larger negative step. The paper's runs use a base KL of 0.001, groups of 8 and a binary
     verifier; its learning rate and batch size are unconfirmed.
 
 Needs
@@ -113,7 +114,7 @@ def error_weights(
     is_error: torch.Tensor,
     *,
     alpha: float = 1.0,
-    activation: Literal["softplus", "relu"] = "softplus",
+    activation: Literal["softplus", "relu", "constant"] = "softplus",
     c_clip: float | None = None,
 ) -> torch.Tensor:
     """Return w, the factor of each row's advantage (arXiv 2602.21420).
@@ -122,7 +123,7 @@ def error_weights(
         shift: (B,) c of :func:`confidence_shift`.
         is_error: (B,) bool, rows to amplify.
         alpha: Strength, >= 0.
-        activation: ``softplus`` or the ``relu`` ablation.
+        activation: ``softplus``, the ``relu`` ablation, or ``constant``: softplus at c = 0, ln 2, whatever c.
         c_clip: Upper bound on c before the activation, or None.
 
     Returns:
@@ -131,8 +132,10 @@ def error_weights(
     shift = shift.detach()
     if c_clip is not None:
         shift = shift.clamp(max=c_clip)
+    if activation == "constant":
+        shift = torch.zeros_like(shift)
     functional = torch.nn.functional
-    grown = functional.softplus(shift) if activation == "softplus" else functional.relu(shift)
+    grown = functional.relu(shift) if activation == "relu" else functional.softplus(shift)
     return torch.where(is_error, 1 + alpha * grown, torch.ones_like(shift))
 
 
@@ -144,7 +147,9 @@ class ACE(Method):
     paper = "2602.21420"
 
     alpha: float = Field(1.0, ge=0, description="Strength; 0 switches the method off.")
-    activation: Literal["softplus", "relu"] = Field("softplus", description="relu is the paper's ablation.")
+    activation: Literal["softplus", "relu", "constant"] = Field(
+        "softplus", description="relu is the paper's ablation; constant is a control, blind to the drift."
+    )
     length_normalize: bool = Field(True, description="Divide the drift by the number of tokens.")
     policy_logps: Literal["old", "live"] = Field(
         "old", description="Policy side of the drift: the one that generated, or the one being updated."

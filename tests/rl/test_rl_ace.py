@@ -76,6 +76,8 @@ def test_weights_and_advantages_of_the_sheet():
 
 def test_ablations_of_the_sheet():
     assert ACE(activation="relu").token_weights(tokens()).flatten().tolist() == near([1, 2, 1, 1])
+    constant = ACE(activation="constant", alpha=2.0).token_weights(tokens()).flatten().tolist()
+    assert constant == near([1, 2.3862944, 2.3862944, 2.3862944])
     unnormalised = ACE(length_normalize=False).token_weights(tokens()).flatten().tolist()
     assert unnormalised == near([1, 4.0485874, 1.3132617, 1.6931472])
 
@@ -166,7 +168,7 @@ def test_gauges():
 @given(
     st.lists(st.floats(-50, 50), min_size=1, max_size=8),
     st.floats(0, 4),
-    st.sampled_from(["softplus", "relu"]),
+    st.sampled_from(["softplus", "relu", "constant"]),
 )
 def test_weights_properties(shifts, alpha, activation):
     shift = torch.tensor(sorted(shifts), dtype=torch.float64)
