@@ -67,12 +67,12 @@ Evidence at laptop size
     heart, and pass@k on other sums falls from the 0.98 of the warm start. Nine seeds (100 to 108), mean and
     95 % t interval, differences paired by seed; measured on a 16-core x86 server, one thread a run::
 
-        pass@    grpo                  ace-1 - grpo            ace-2 - grpo             constant-2 - grpo
+        pass@    grpo                 ace-1 - grpo             ace-2 - grpo             constant-2 - grpo
         1        0.169 [0.154, 0.184]  +0.006 [-0.016, 0.028]  +0.016 [0.002, 0.030] *  +0.005 [-0.020, 0.030]
         4        0.265 [0.242, 0.289]  +0.014 [-0.019, 0.048]  +0.033 [0.013, 0.053] *  -0.010 [-0.057, 0.036]
         16       0.377 [0.345, 0.409]  +0.024 [-0.018, 0.066]  +0.054 [0.022, 0.086] *  -0.031 [-0.093, 0.032]
         64       0.509 [0.467, 0.551]  +0.034 [-0.020, 0.089]  +0.073 [0.024, 0.123] *  -0.044 [-0.123, 0.035]
-        reward   0.792 [0.742, 0.843]  -0.023 [-0.078, 0.032]  -0.102 [-0.164, -0.040]  -0.178 [-0.284, -0.071]
+        reward   0.792 [0.742, 0.843] -0.023 [-0.078, 0.032]  -0.102 [-0.164, -0.040]  -0.178 [-0.284, -0.071]
 
     (``reward`` is that of training at the end; * marks a gain whose interval leaves zero out.) With
     alpha = 2 the claim shows: more pass@k, the more the larger k, and no less pass@1. It is the drift that
