@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,18 +18,29 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from posttrain.models.load import ADAPTER_CONFIG, ModelLoadError
+from posttrain.models.load import ADAPTER_CONFIG, PICKLES, ModelLoadError
 
 BLOCK = 1 << 20
 """Elements read at a time: 4 MiB once they are fp32, which the cache holds; larger blocks are slower."""
 
-_INDEX = "model.safetensors.index.json"
-_DTYPES = {
+INDEX = "model.safetensors.index.json"
+"""Name of the file that says which shard holds a tensor."""
+
+_HEAD = re.compile(r"(.*\.)?lm_head\.weight|embed_out\.weight|output\.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
+FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+"""Types that hold trained weights, by their name in a safetensors header."""
 
 
 class Stored(NamedTuple):
@@ -52,7 +64,7 @@ class Stored(NamedTuple):
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """The floating-point type, or None for tensors that hold no trained weights (integers, masks)."""
-        return _DTYPES.get(self.dtype)
+        return FLOATS.get(self.dtype)
 
 
 class Checkpoint:
@@ -60,8 +72,11 @@ class Checkpoint:
 
     Args:
         path: Folder, or Hub id.
+        revision: Commit or branch of a Hub id.
+        beside: Of a Hub id, also fetch what lies beside the weights, such as the tokenizer.
 
     Attributes:
+        folder: Where it lies on this machine.
         tensors: How each tensor is stored, by name.
         config: Content of its config.json, {} without one.
 
@@ -70,9 +85,9 @@ class Checkpoint:
             is missing or damaged.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, revision: str | None = None, beside: bool = False) -> None:
         self.path = str(path)
-        folder = _folder(self.path)
+        self.folder = folder = _folder(self.path, revision, beside)
         if (folder / ADAPTER_CONFIG).is_file():
             raise ModelLoadError(
                 f"{self.path!r} is an adapter, and its matrices say nothing about which weights of the model "
@@ -121,16 +136,51 @@ class Checkpoint:
         return self._open[path]
 
 
-def _folder(path: str) -> Path:
+def tied_heads(sides: Sequence[Checkpoint]) -> dict[str, str]:
+    """Return the output heads that are the input embedding, stored a second time on at least one side.
+
+    Returns:
+        Name of the head: name of the embedding.
+    """
+    names = dict.fromkeys(name for side in sides for name in side.tensors if _HEAD.fullmatch(name))
+    found = {name: [_embedding_of(side, name) for side in sides] for name in names}
+    return {
+        name: embeddings[0] for name, embeddings in found.items() if embeddings[0] and len({*embeddings}) == 1
+    }
+
+
+def _embedding_of(side: Checkpoint, head: str) -> str | None:
+    """Return the embedding that the head of this side is a copy of, also when it is not stored because of
+    that."""
+    embeddings = [name for name in side.tensors if name.endswith(_EMBEDDINGS)]
+    said = side.config.get(
+        "tie_word_embeddings", side.config.get("text_config", {}).get("tie_word_embeddings")
+    )
+    if len(embeddings) != 1 or said is False:
+        return None
+    if head not in side.tensors:
+        return embeddings[0]
+    a, b = side.tensors[head], side.tensors[embeddings[0]]
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return None
+    if said is True:
+        return embeddings[0]
+    # not every configuration writes its default down: then the numbers decide
+    pairs = zip(side.blocks(head), side.blocks(embeddings[0]), strict=True)
+    return embeddings[0] if all(torch.equal(one, two) for one, two in pairs) else None
+
+
+def _folder(path: str, revision: str | None, beside: bool) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
         raise ModelLoadError(f"{path!r} is a file: give the folder of the checkpoint")
     try:
-        return Path(
-            snapshot_download(path, allow_patterns=["*.safetensors", _INDEX, "config.json", ADAPTER_CONFIG])
-        )
+        if beside:
+            return Path(snapshot_download(path, revision=revision, ignore_patterns=list(PICKLES)))
+        needed = ["*.safetensors", INDEX, "config.json", ADAPTER_CONFIG]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=needed))
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             f"there is no folder {path!r}, and as a Hub id it cannot be fetched: give the folder of a "
@@ -161,7 +211,7 @@ def _headers(folder: Path) -> dict[str, Stored]:
 
 
 def _files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
         # other files of weights may lie beside the shards, such as consolidated copies
         return sorted(

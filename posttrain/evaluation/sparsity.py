@@ -33,8 +33,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from posttrain.evaluation.changes import (
     Counts,
     Dtype,
@@ -44,21 +42,11 @@ from posttrain.evaluation.changes import (
     count_overlap,
     update_rank,
 )
-from posttrain.evaluation.checkpoint import Checkpoint
+from posttrain.evaluation.checkpoint import Checkpoint, tied_heads
 from posttrain.models.load import ModelLoadError
 
 TOLERANCES = (0.0, 1e-5)
 """Exact equality, and the tolerance of the paper."""
-
-
-_HEAD = re.compile(r"(.*\.)?lm_head\.weight|embed_out\.weight|output\.weight")
-_EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-)
 
 
 @dataclass(frozen=True)
@@ -210,7 +198,7 @@ def compare_checkpoints(
         paths = (base, tuned) if other is None else (base, tuned, other)
         sides = [stack.enter_context(Checkpoint(path)) for path in paths]
         first, second = sides[:2]
-        tied = _tied_copies(sides)
+        tied = tied_heads(sides)
         shared, excluded = _match(first, second, skip=set(tied))
         if not shared:
             raise ModelLoadError(
@@ -291,36 +279,6 @@ def _match(first: Checkpoint, second: Checkpoint, skip: set[str]) -> tuple[list[
 def _in_order(name: str) -> list[tuple[int, str]]:
     """Sort layer 10 behind layer 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
-
-
-def _tied_copies(sides: Sequence[Checkpoint]) -> list[str]:
-    """Return output heads that are the input embedding stored a second time, on at least one side."""
-    found = []
-    for name in dict.fromkeys(name for side in sides for name in side.tensors if _HEAD.fullmatch(name)):
-        if all(_is_tied(side, name) for side in sides):
-            found.append(name)
-    return found
-
-
-def _is_tied(side: Checkpoint, head: str) -> bool:
-    """Whether the head of this side is its input embedding; true also when it is not stored because of "
-    "that."""
-    embeddings = [name for name in side.tensors if name.endswith(_EMBEDDINGS)]
-    said = side.config.get(
-        "tie_word_embeddings", side.config.get("text_config", {}).get("tie_word_embeddings")
-    )
-    if len(embeddings) != 1 or said is False:
-        return False
-    if head not in side.tensors:
-        return True
-    a, b = side.tensors[head], side.tensors[embeddings[0]]
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    if said is True:
-        return True
-    # not every configuration writes its default down: then the numbers decide
-    pairs = zip(side.blocks(head), side.blocks(embeddings[0]), strict=True)
-    return all(torch.equal(one, two) for one, two in pairs)
 
 
 def _warnings(tensors: Sequence[TensorChange], stored: dict[str, dict[str, int]], dtype: Dtype) -> list[str]:

@@ -33,7 +33,9 @@ BUNDLED_BASE = "base"
 """Folder beside an exported adapter that holds its base model, when that has no address of its own."""
 
 _EMBEDDED_PREFIX = "embedded:"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+"""Files that are never read: opening them can run code."""
+
 # in order of preference; ids of tokens that pad a text in some family and mean nothing inside one
 _PAD_CANDIDATES = (
     "<pad>",
@@ -124,7 +126,7 @@ def find_adapter_folder(path: str, revision: str | None = None) -> Path | None:
     _refuse_missing_folder(path)
     if find_adapter_config_file(path, revision=revision) is None:
         return None
-    return Path(snapshot_download(path, revision=revision, ignore_patterns=list(_PICKLES)))
+    return Path(snapshot_download(path, revision=revision, ignore_patterns=list(PICKLES)))
 
 
 def _load_embedded(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -207,7 +209,7 @@ def _listing(folder: Path) -> list[str]:
 def _refuse_pickles(folder: Path, *, needed: str) -> None:
     if any(folder.glob("*.safetensors")):
         return
-    pickles = sorted(entry.name for pattern in _PICKLES for entry in folder.glob(pattern))
+    pickles = sorted(entry.name for pattern in PICKLES for entry in folder.glob(pattern))
     if pickles:
         raise ModelLoadError(
             f"{str(folder)!r} holds pickled weights only ({', '.join(pickles)}), which can run code when "
