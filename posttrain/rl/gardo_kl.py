@@ -61,6 +61,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from posttrain._lazy import torch
 from posttrain.rl.method import AllRows, Conflict, Method, Need, Rollout, Setup, Tokens
+from posttrain.rl.quantiles import row_quantile
 
 
 def win_rates(
@@ -115,15 +116,14 @@ def uncertainty_gate(uncertain: torch.Tensor, fraction: float) -> torch.Tensor:
     """Return which rows get the KL penalty, (B,) bool (arXiv 2512.24138).
 
     Args:
-        uncertain: (B,) U; NaN for a row that has none, which is not gated.
-        fraction: k, the share of rows to gate; at 1 or more all rows are, at 0 none.
+        uncertain: (B,) U; NaN for a row that has none, which is gated at ``fraction`` 1 only.
+        fraction: k, the share of rows to gate; at 1 or more all rows are (TRL's own KL), at 0 none.
     """
-    known = uncertain[~uncertain.isnan()]
     if fraction >= 1:
         return torch.ones_like(uncertain, dtype=torch.bool)
-    if known.numel() == 0:
-        return torch.zeros_like(uncertain, dtype=torch.bool)
-    return uncertain > torch.quantile(known, 1 - fraction)
+    known = ~uncertain.isnan()
+    threshold = row_quantile(uncertain.unsqueeze(0), known.unsqueeze(0), 1 - fraction)
+    return known & (uncertain > threshold)
 
 
 def gate_trend(uncertain: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from posttrain._lazy import torch
+from posttrain.rl.quantiles import wide
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,14 +29,14 @@ class Gauges:
 
     def mean(self, name: str, values: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Log the mean of ``values``, over the entries where ``where`` is non-zero if it is given."""
-        values = _wide(values)
-        chosen = torch.ones_like(values) if where is None else _wide(where).expand_as(values)
+        values = wide(values.detach())
+        chosen = torch.ones_like(values) if where is None else wide(where.detach()).expand_as(values)
         kept = torch.where(chosen != 0, values, torch.zeros_like(values))
-        self._sums[f"{self._method}/{name}"] = (kept.sum(), _wide(chosen != 0).sum())
+        self._sums[f"{self._method}/{name}"] = (kept.sum(), wide(chosen != 0).sum())
 
     def max(self, name: str, values: torch.Tensor) -> None:
         """Log the largest of ``values``; nothing when no rank has any."""
-        values = _wide(values).flatten()
+        values = wide(values.detach()).flatten()
         lowest = torch.full((1,), -torch.inf, dtype=values.dtype, device=values.device)
         self._maxima[f"{self._method}/{name}"] = torch.cat([values, lowest]).max()
 
@@ -57,8 +58,3 @@ class Gauges:
         }
         peaks = gathered[:, 2 * len(mean_names) :].amax(dim=0).tolist()
         return means, {name: peak for name, peak in zip(max_names, peaks, strict=True) if peak > -torch.inf}
-
-
-def _wide(values: torch.Tensor) -> torch.Tensor:
-    # sums over many tokens; MPS has no float64
-    return values.detach().to(torch.float32 if values.device.type == "mps" else torch.float64)

@@ -69,6 +69,7 @@ from pydantic import Field
 
 from posttrain._lazy import torch
 from posttrain.rl.method import Conflict, Method, Need, Rollout, Setup, Tokens
+from posttrain.rl.quantiles import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -124,15 +125,21 @@ def lowest(logps: torch.Tensor, among: torch.Tensor, rho: float) -> torch.Tensor
 def log_quantile(logps: torch.Tensor, rho: float) -> torch.Tensor:
     """Return the log of the rho-quantile of exp(logps), linearly interpolated; -inf for no values. 0-dim.
 
-    Unlike ``torch.quantile`` without an upper limit on the number of values.
+    Unlike ``torch.quantile`` without an upper limit on the number of values, and where rho (N - 1) is a whole
+    number, or the neighbours are equal, the result is that value itself, to the last bit: the comparison with
+    it is strict.
     """
     if logps.numel() == 0:
         return logps.new_tensor(-math.inf)
-    position = rho * (logps.numel() - 1)
+    position = whole(rho * (logps.numel() - 1))
     below = int(position)
-    low = logps.kthvalue(below + 1).values.exp()
-    high = logps.kthvalue(min(below + 2, logps.numel())).values.exp()
-    return (low + (position - below) * (high - low)).log()
+    low = logps.kthvalue(below + 1).values
+    if position == below:
+        return low
+    high = logps.kthvalue(below + 2).values
+    share = position - below
+    between = torch.logaddexp(low + math.log1p(-share), high + math.log(share))
+    return torch.where(low == high, low, between)
 
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:

@@ -67,35 +67,9 @@ from pydantic import Field, model_validator
 
 from posttrain._lazy import torch
 from posttrain.rl.method import Conflict, Method, Need, Setup, Tokens
+from posttrain.rl.quantiles import row_quantile, wide
 
 MAD_FACTOR = 1.4826  # makes the median absolute deviation of a normal distribution its standard deviation
-
-
-def row_quantile(values: torch.Tensor, mask: torch.Tensor, q: float) -> torch.Tensor:
-    """Return the q-quantile of each row over the entries under the mask, linearly interpolated.
-
-    Where q (n - 1) is a whole number the result is that order statistic itself, to the last bit
-    (``torch.quantile`` in fp32 can land one rounding step beside it, and has an upper size).
-
-    Args:
-        values: (B, C).
-        mask: (B, C) bool.
-        q: Between 0 and 1; 0.5 is the median, the mean of the two middle values for an even number.
-
-    Returns:
-        (B,) float64 (float32 on devices without it); 0 for a row without entries.
-    """
-    values = _wide(values)
-    ordered = values.masked_fill(~mask, torch.inf).sort(dim=1).values
-    count = mask.sum(dim=1)
-    position = q * (count - 1).clamp(min=0).to(values.dtype)
-    nearest = position.round()
-    whole = (position - nearest).abs() < 1e-9 * nearest.clamp(min=1)
-    position = torch.where(whole, nearest, position)
-    low = ordered.gather(1, position.floor().long().unsqueeze(1)).squeeze(1)
-    high = ordered.gather(1, position.ceil().long().unsqueeze(1)).squeeze(1)
-    quantile = torch.where(low == high, low, low + (position - position.floor()) * (high - low))
-    return torch.where(count > 0, quantile, torch.zeros_like(quantile))
 
 
 def quantile_forks(entropies: torch.Tensor, mask: torch.Tensor, ratio: float = 0.2) -> torch.Tensor:
@@ -114,7 +88,7 @@ def quantile_forks(entropies: torch.Tensor, mask: torch.Tensor, ratio: float = 0
     """
     valid = _finite(entropies, mask)
     threshold = row_quantile(entropies.detach(), valid, 1 - ratio)
-    return (_wide(entropies.detach()) >= threshold.unsqueeze(1)) & valid
+    return (wide(entropies.detach()) >= threshold.unsqueeze(1)) & valid
 
 
 def otsu_forks(
@@ -145,7 +119,7 @@ def otsu_forks(
         FloatingPointError: An entropy under the mask is not finite.
     """
     valid = _finite(entropies, mask)
-    values = _wide(entropies.detach())
+    values = wide(entropies.detach())
     low = values.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
     high = values.masked_fill(~valid, -torch.inf).amax(dim=1, keepdim=True)
     spread = (high > low).squeeze(1)
@@ -185,7 +159,7 @@ def mad_band(entropies: torch.Tensor, forks: torch.Tensor) -> tuple[torch.Tensor
     """Return (lo, hi) of each row, (B,) detached: hi the median, lo a scaled MAD below it (version 2)."""
     entropies = entropies.detach()
     median = row_quantile(entropies, forks, 0.5)
-    deviation = (_wide(entropies) - median.unsqueeze(1)).abs()
+    deviation = (wide(entropies) - median.unsqueeze(1)).abs()
     scale = MAD_FACTOR * row_quantile(deviation, forks, 0.5)
     return (median - scale).clamp(min=0), median
 
@@ -379,11 +353,6 @@ class Spine(Method):
         divergence = fork_kl(tokens.logps, tokens.ref_logps, self.forks(tokens))
         tokens.gauges.mean("kl", divergence)
         return self.kl_coef * divergence
-
-
-def _wide(values: torch.Tensor) -> torch.Tensor:
-    """Return values in float64, which MPS lacks: there float32."""
-    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 def _finite(entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -167,6 +167,13 @@ def test_uncertainty_properties(rows, fraction, ties, random):
     assert not uncertainty_gate(found, 0.0).any()
 
 
+def test_the_gate_counts_from_the_order_statistic_where_the_quantile_is_one():
+    # 1 - 0.8 is a rounding step below 0.2, and 0.2 * 15 would then let the fourth smallest through
+    for rows, fraction, gated in [(16, 0.8, 12), (21, 0.9, 18), (11, 0.3, 3)]:
+        found = torch.arange(rows, dtype=torch.float64) / rows
+        assert uncertainty_gate(found, fraction).sum() == gated
+
+
 @given(st.lists(scores, min_size=2, max_size=9), st.integers(1, 7), st.floats(0.01, 0.99))
 def test_an_auxiliary_like_the_proxy_gates_nothing(values, copies, fraction):
     proxy = f64(values)

@@ -100,6 +100,17 @@ def test_quantile_is_the_usual_one(values, rho):
     )
 
 
+def test_a_quantile_that_is_a_value_is_that_value():
+    # through exp and log it can land a rounding step above, and "below the quantile" would let it through
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        logps = -20 * torch.rand(31, generator=draw)
+        for rho, index in [(0.1, 3), (0.7, 21), (1.0, 30), (0.0, 0)]:
+            assert torch.equal(log_quantile(logps, rho), logps.sort().values[index])
+    assert log_quantile(torch.full((4,), -0.1), 0.5) == torch.tensor(-0.1)
+    assert log_quantile(torch.tensor([-math.inf, math.log(0.5)]), 0.5).item() == near(math.log(0.25), 1e-6)
+
+
 @given(st.lists(st.floats(-20, 0), min_size=1, max_size=40), st.floats(0, 1))
 def test_lowest_properties(values, rho):
     logps = torch.tensor(values, dtype=torch.float64).unsqueeze(0)

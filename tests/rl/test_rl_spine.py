@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from posttrain.rl import Spine
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import Setup, Tokens
+from posttrain.rl.quantiles import row_quantile
 from posttrain.rl.spine import (
     band_hinge,
     fork_kl,
@@ -20,7 +21,6 @@ from posttrain.rl.spine import (
     otsu_forks,
     quantile_band,
     quantile_forks,
-    row_quantile,
 )
 
 V1 = [0.02, 0.05, 0.10, 0.30, 0.01, 1.20, 0.04, 2.00, 0.08, 0.90]
