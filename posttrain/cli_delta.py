@@ -1,0 +1,194 @@
+"""``posttrain delta``: files that hold only the weights a training changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posttrain.cli_common import AsJson, answers, print_json, reported_errors, stdout
+
+if TYPE_CHECKING:
+    from posttrain.selection.delta_file import DeltaFile
+
+delta_app = typer.Typer(
+    help="Files that hold only the weights a training changed: make, apply, remove, merge, inspect.\n\n"
+    "They give the trained checkpoint to the bit, on the base they were made of and on no other. "
+    "posttrain export RUN --format delta writes one with tokenizer and card.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Delta = Annotated[
+    Path, typer.Argument(metavar="DELTA", help="Delta file, or folder with one.", show_default=False)
+]
+Base = Annotated[
+    str | None, typer.Option("--base", help="Where the base lies; the address in the file when unset.")
+]
+OldValues = Annotated[
+    bool,
+    typer.Option("--old-values", help="Also keep the base's values: removable without it, but larger."),
+]
+MaxDensity = Annotated[
+    float, typer.Option("--max-density", min=0, max=1, help="Refuse when a larger share changed.")
+]
+ToFile = Annotated[
+    Path, typer.Option("--to", help="File to write, or an existing folder for it.", show_default=False)
+]
+ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write; new or empty.", show_default=False)]
+
+
+@delta_app.command()
+def make(
+    base: Annotated[str, typer.Argument(help="The model before: folder, run directory or Hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The model after training; full weights, not an adapter.")],
+    to: ToFile,
+    old_values: OldValues = False,
+    max_density: MaxDensity = 0.5,
+    as_json: AsJson = False,
+) -> None:
+    """Write what differs, bit for bit, between two checkpoints."""
+    with reported_errors():
+        from posttrain.run.verbs import model_of
+        from posttrain.selection.delta import write_delta
+
+        path = _file(to)
+        with answers(as_json):
+            write_delta(model_of(base), model_of(tuned), path, old_values=old_values, max_density=max_density)
+        _answer(path, as_json)
+
+
+@delta_app.command()
+def apply(delta: Delta, to: ToFolder, base: Base = None, as_json: AsJson = False) -> None:
+    """Write the trained checkpoint: the base with the delta on it."""
+    with reported_errors():
+        from posttrain.selection.delta_apply import apply_delta
+
+        with answers(as_json):
+            header = apply_delta(delta, to, base=base)
+        _say({"folder": str(to), "changed": header.changed}, as_json)
+
+
+@delta_app.command()
+def remove(
+    delta: Delta,
+    tuned: Annotated[Path, typer.Argument(help="The checkpoint that has the delta on it.")],
+    to: ToFolder,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the base again, from a checkpoint that has the delta on it."""
+    with reported_errors():
+        from posttrain.selection.delta_apply import remove_delta
+
+        with answers(as_json):
+            header = remove_delta(delta, tuned, to, base=base)
+        _say({"folder": str(to), "changed": header.changed}, as_json)
+
+
+@delta_app.command()
+def merge(
+    deltas: Annotated[list[Path], typer.Argument(metavar="DELTA...", help="Deltas of one base.")],
+    to: ToFile,
+    weights: Annotated[
+        list[float] | None,
+        typer.Option("--weight", help="Factor of a delta, one per delta in their order; 1 when unset."),
+    ] = None,
+    base: Base = None,
+    old_values: OldValues = False,
+    max_density: MaxDensity = 0.5,
+    as_json: AsJson = False,
+) -> None:
+    """Add up deltas of one base, or scale one: base + sum of weight * (trained - base), rounded once."""
+    with reported_errors():
+        from posttrain.selection.delta import merge_deltas
+
+        path = _file(to)
+        with answers(as_json):
+            merge_deltas(
+                deltas, path, weights=weights, base=base, old_values=old_values, max_density=max_density
+            )
+        _answer(path, as_json)
+
+
+@delta_app.command()
+def inspect(
+    delta: Delta,
+    tensors: Annotated[bool, typer.Option("--tensors", help="One row per tensor.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in a delta: base, number of values, size, and which tensors."""
+    with reported_errors():
+        _answer(delta, as_json, tensors=tensors)
+
+
+def _file(to: Path) -> Path:
+    from posttrain.selection.delta_file import DELTA_FILE
+
+    return to / DELTA_FILE if to.is_dir() else to
+
+
+def _answer(path: Path, as_json: bool, *, tensors: bool = False) -> None:
+    from posttrain.selection.delta_file import DeltaFile
+
+    file = DeltaFile(path)
+    facts = _facts(file)
+    if as_json:
+        rows = {
+            name: {
+                "shape": touched.shape,
+                "dtype": touched.dtype,
+                "changed": touched.changed,
+                "positions": touched.positions,
+                "hash": touched.before,
+            }
+            for name, touched in file.header.tensors.items()
+        }
+        _say({**facts, "about": file.header.about, "tensors": rows}, as_json)
+        return
+    _say({**facts, "tensors": len(file.header.tensors)}, as_json)
+    if tensors:
+        from rich.table import Table
+
+        table = Table("tensor", "type", "positions", box=None, pad_edge=False)
+        for column in ("elements", "changed", "share"):
+            table.add_column(column, justify="right")
+        for name, touched in file.header.tensors.items():
+            share = f"{touched.changed / touched.elements:.2%}"
+            numbers = (f"{touched.elements:,}", f"{touched.changed:,}", share)
+            table.add_row(name, touched.dtype, touched.positions, *numbers)
+        stdout().print(table)
+
+
+def _facts(file: DeltaFile) -> dict[str, Any]:
+    header = file.header
+    return {
+        "file": str(file.path),
+        "base": header.base,
+        "revision": header.revision,
+        "changed": header.changed,
+        "elements": header.elements,
+        "density": header.density,
+        "old_values": header.old_values,
+        "bytes": file.bytes,
+        "bytes_per_value": file.bytes / header.changed,
+    }
+
+
+def _say(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(facts)
+        return
+    lines = (
+        f"{key.replace('_', ' ')}: {_number(value)}" for key, value in facts.items() if value is not None
+    )
+    stdout().print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (
+        f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+    )
