@@ -51,6 +51,23 @@ When not to use it
     late. Lower ``cap``, raise ``window`` or lower ``lr``. With ``equal`` the weights start at 0, so the first
     batch only knows the task.
 
+Evidence at laptop size
+    ``configs/evidence/constrained.yaml`` (commands in its header, five seeds, one CPU core): about half of
+    the sums have an even result; 65 of 100 answers shall be even (``equal``), 50 right (``at_least``). In the
+    first five steps 50 are even and 65 right (which the next ten steps lower to 54 in every arm). Means over
+    the last third of 90 steps, with 95 % t intervals over seeds; KL at the end::
+
+        weights          even (0.65)            right (>= 0.5)         KL (nats)
+        learned          0.679 [0.656, 0.702]   0.483 [0.459, 0.507]   0.24
+        fixed, 1 : 1     0.845 [0.834, 0.856]   0.427 [0.407, 0.447]   0.42
+        fixed, 1 : 3     0.554 [0.528, 0.579]   0.482 [0.456, 0.508]   0.25
+
+    Equal fixed weights overshoot (0.87 at the end) and give up right answers; three times the weight for
+    right answers never gets there. The learned weight passes the threshold (peaks of 0.71 to 0.75), turns,
+    and comes back slowly: the means of all seeds lie within 0.06 of the first threshold and 0.04 of the
+    second. It is not exact: the first interval leaves out 0.65, and single logs of five steps, which are
+    noisy, miss by up to 0.08 and 0.10 (1 : 1: 0.25 and 0.16; 1 : 3: 0.16 and 0.10).
+
 Official code
     tedmoskovitz/ConstrainedRL4LMs (PPO). Thresholds there go by position, and the two shipped files disagree
     about the order; here they go by name. Its branch without bounded weights drops the first multiplier, and
