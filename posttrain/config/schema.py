@@ -128,8 +128,8 @@ class RewardConfig(Section):
 
     name: str = Field(
         min_length=1,
-        description="'verifier' (the source's own), 'math', 'expression', 'format', or "
-        "'python:package.module.function'.",
+        description="'verifier' (the source's own), 'math', 'expression', 'format', 'word_list', "
+        "'soft_overlong', or 'python:package.module.function'.",
     )
     weight: float = Field(default=1.0, allow_inf_nan=False, description="Weight in the sum of rewards.")
     deadline: float = Field(
@@ -244,6 +244,12 @@ class RunConfig(Section):
             raise _refuse(
                 "rewards",
                 "task 'rlvr' needs at least one entry under 'rewards', for example rewards: [verifier]",
+            )
+        if self.evaluate is not None and self.rewards and self.rewards[0].name == "soft_overlong":
+            raise _refuse(
+                "rewards",
+                "the first reward decides what is correct in the evaluation, and soft_overlong only counts "
+                "tokens: list it after the reward that judges the answer",
             )
         if self.task == "sft" and self.rewards and self.evaluate is None:
             raise _refuse(

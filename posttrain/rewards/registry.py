@@ -20,6 +20,7 @@ VERIFIERS = {
     "math": "posttrain.rewards.math",
     "expression": "posttrain.rewards.expression",
     "format": "posttrain.rewards.format",
+    "soft_overlong": "posttrain.rewards.soft_overlong",
     "word_list": "posttrain.rewards.word_list",
 }
 """Name to module. A module has ``verify(completion, row, **params)``, ``columns(**params)`` and perhaps

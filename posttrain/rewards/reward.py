@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config.schema import DataConfig, RewardConfig
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rewards.registry import FUNCTION_PREFIX, VERIFIERS, ParameterError, VerifierSpec, check
+from posttrain.rewards.soft_overlong import TOKENS
 from posttrain.rewards.verdict import STATUSES, Verdict
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Reward:
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        completion_ids: Any = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, list[Any]], None] | None = None,
         trainer_state: Any = None,
@@ -67,8 +68,10 @@ class Reward:
             VerifierFailure: More than ``max_failures`` of the batch ended in error or timeout. ``verdicts``
                 and the logs are written before.
         """
-        del completion_ids, trainer_state
+        del trainer_state
         columns.pop("environments", None)
+        if completion_ids is not None and not self.spec.is_function:
+            columns[TOKENS] = [len(ids) for ids in completion_ids]
         rows = [
             {"prompt": prompt} | {name: values[index] for name, values in columns.items()}
             for index, prompt in enumerate(prompts)
@@ -185,7 +188,7 @@ def verifier_spec(config: RewardConfig, data: DataConfig) -> tuple[VerifierSpec,
     name = config.name
     if name in ("verifier", "reasoning_gym"):
         if not data.source.startswith(GENERATED):
-            choices = ", ".join(sorted(set(VERIFIERS) - {"reasoning_gym"}))
+            choices = ", ".join(sorted(set(VERIFIERS) - {"reasoning_gym", "soft_overlong"}))
             raise ValueError(
                 f"reward {name!r} is the source's own verifier, and {data.source!r} has none "
                 f"(only reasoning_gym:TASK does). Choose one of {choices} or "
