@@ -14,12 +14,14 @@ __version__ = "0.1.0"
 _LAZY = {
     "GRPOTrainer": "posttrain.rl.trainer",
     "SFTTrainer": "posttrain.sft.trainer",
+    "load_delta": "posttrain.selection.delta_apply",
 }
 
-__all__ = ["GRPOTrainer", "SFTTrainer", "__version__"]
+__all__ = ["GRPOTrainer", "SFTTrainer", "__version__", "load_delta"]
 
 if TYPE_CHECKING:
     from posttrain.rl.trainer import GRPOTrainer
+    from posttrain.selection.delta_apply import load_delta
     from posttrain.sft.trainer import SFTTrainer
 
 

@@ -163,7 +163,13 @@ def export(
         Path | None,
         typer.Option("--to", help="Target folder; RUN/export when unset, RUN/export-FORMAT with --format."),
     ] = None,
-    export_format: Annotated[str, typer.Option("--format", help="auto, adapter, merged or full.")] = "auto",
+    export_format: Annotated[
+        str, typer.Option("--format", help="auto, adapter, merged, full or delta.")
+    ] = "auto",
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="What a delta is against; the run's model.path when unset."),
+    ] = None,
     push_to: Annotated[
         str | None, typer.Option("--push", help="Hub repository user/name to upload to.")
     ] = None,
@@ -178,8 +184,12 @@ def export(
 
         if export_format not in EXPORT_FORMATS:
             request_error(f"--format is one of {', '.join(EXPORT_FORMATS)}, found {export_format!r}")
+        if base is not None and export_format != "delta":
+            request_error(f"--base goes with --format delta, found --format {export_format}")
         with answers(as_json):
-            result = export_path(source, to=to, format=export_format, push_to=push_to, private=not public)
+            result = export_path(
+                source, to=to, format=export_format, push_to=push_to, private=not public, base=base
+            )
         if as_json:
             print_json(result)
         else:

@@ -124,7 +124,7 @@ def inspect(
 
 
 def _file(to: Path) -> Path:
-    from posttrain.selection.delta_file import DELTA_FILE
+    from posttrain.models.load import DELTA_FILE
 
     return to / DELTA_FILE if to.is_dir() else to
 

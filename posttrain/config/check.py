@@ -185,6 +185,13 @@ def _run_rules(config: RunConfig) -> Iterator[Problem]:
             found=export.format,
             suggestion="set model.adapter, or format: full",
         )
+    if export is not None and export.format == "delta" and config.model.path.startswith("embedded:"):
+        yield Problem(
+            "a delta belongs to a base that others can load, and the embedded model lives in its run only",
+            ("export", "format"),
+            found="delta",
+            suggestion="train from a folder or a Hub model, or use format: auto",
+        )
     if (
         export is not None
         and export.push is not None

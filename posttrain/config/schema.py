@@ -187,8 +187,10 @@ class ExportConfig(Section):
     """What to write at the end, and where to publish it."""
 
     dir: str | None = Field(default=None, description="Folder of the export; RUN/export when unset.")
-    format: Literal["auto", "adapter", "merged", "full"] = Field(
-        default="auto", description="auto: the adapter when one was trained, the full model otherwise."
+    format: Literal["auto", "adapter", "merged", "full", "delta"] = Field(
+        default="auto",
+        description="auto: the adapter when one was trained, the full model otherwise. delta: only the "
+        "weights that changed.",
     )
     push: str | None = Field(default=None, description="Hub repository (user/name) to upload to.")
     private: bool = Field(default=True, description="Whether a repository created by the push is private.")

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from posttrain.models.load import ADAPTER_CONFIG, PICKLES, ModelLoadError
+from posttrain.models.load import ADAPTER_CONFIG, ModelLoadError, download, refuse_delta
 
 BLOCK = 1 << 20
 """Elements read at a time: 4 MiB once they are fp32, which the cache holds; larger blocks are slower."""
@@ -93,6 +92,7 @@ class Checkpoint:
                 f"{self.path!r} is an adapter, and its matrices say nothing about which weights of the model "
                 f"change. Merge it first: posttrain export {self.path} --format merged --to FOLDER"
             )
+        refuse_delta(folder)
         config = folder / "config.json"
         self.config: dict[str, Any] = (
             json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
@@ -177,10 +177,9 @@ def _folder(path: str, revision: str | None, beside: bool) -> Path:
     if folder.is_file():
         raise ModelLoadError(f"{path!r} is a file: give the folder of the checkpoint")
     try:
-        if beside:
-            return Path(snapshot_download(path, revision=revision, ignore_patterns=list(PICKLES)))
-        needed = ["*.safetensors", INDEX, "config.json", ADAPTER_CONFIG]
-        return Path(snapshot_download(path, revision=revision, allow_patterns=needed))
+        # the card tells the licence
+        needed = ["*.safetensors", INDEX, "config.json", "README.md", ADAPTER_CONFIG]
+        return download(path, revision, only=None if beside else needed)
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             f"there is no folder {path!r}, and as a Hub id it cannot be fetched: give the folder of a "

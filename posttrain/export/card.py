@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -92,9 +92,13 @@ def write_card(folder: Path, card: CardData, result: ExportResult, *, prompt: st
 
 
 def loading_code(result: ExportResult, prompt: str | None = None) -> str:
-    """Return Python that loads the export with plain transformers and PEFT, and generates from ``prompt``."""
+    """Return Python that loads the export, with transformers and PEFT alone unless it is a delta, and
+    generates from ``prompt``."""
     short = prompt if prompt and len(prompt) <= 200 else "Once upon a time"
-    if result.format == "adapter":
+    if result.format == "delta":
+        imports = "from posttrain import load_delta\nfrom transformers import AutoTokenizer"
+        load = "model = load_delta(folder)"
+    elif result.format == "adapter":
         base = f'f"{{folder}}/{BUNDLED_BASE}"' if result.base_bundled else json.dumps(result.base)
         imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
         load = f"base = AutoModelForCausalLM.from_pretrained({base})\n"
@@ -135,7 +139,7 @@ def _metadata(card: CardData, result: ExportResult) -> ModelCardData:
     source = str((card.get("data") or {}).get("source", ""))
     return ModelCardData(
         base_model=bases[0] if bases else None,
-        library_name="peft" if result.format == "adapter" else "transformers",
+        library_name={"adapter": "peft", "delta": "posttrain"}.get(result.format, "transformers"),
         license=card.get("license") or _license_of(result.base or card.get("base_model")),
         pipeline_tag="text-generation",
         datasets=[source] if is_hub_id(source) else None,
@@ -144,9 +148,13 @@ def _metadata(card: CardData, result: ExportResult) -> ModelCardData:
 
 
 def _license_of(base: str | None) -> str | None:
-    """Read the licence from the card of a base that lies in a folder; nothing is looked up on the Hub."""
-    readme = Path(base) / "README.md" if base else None
-    if readme is None or not readme.is_file():
+    """Read the licence from the card of a base on this machine, in a folder or the cache of the Hub; nothing
+    is looked up on the Hub."""
+    if not base:
+        return None
+    cached = try_to_load_from_cache(base, "README.md") if is_hub_id(base) else None
+    readme = Path(cached) if isinstance(cached, str) else Path(base) / "README.md"
+    if not readme.is_file():
         return None
     return ModelCard.load(readme, ignore_metadata_errors=True).data.license
 
@@ -156,6 +164,7 @@ def _summary(card: CardData, result: ExportResult) -> str:
         "adapter": "A PEFT adapter",
         "merged": "Weights with the trained adapter merged in",
         "full": "A fully trained model",
+        "delta": f"A sparse delta: the {result.density or 0:.2%} of the weights that training changed",
     }[result.format]
     start = f" Training started from `{card['base_model']}`." if card.get("base_model") else ""
     kind = {
@@ -212,6 +221,12 @@ def _cell(estimate: Mapping[str, Any] | None) -> str:
 
 
 def _loading_text(result: ExportResult) -> str:
+    if result.format == "delta":
+        return (
+            f"The weights belong on the base `{result.base}` and give the trained model to the bit; another "
+            "base is refused. The base's licence covers the result. `posttrain delta apply . --to FOLDER` "
+            "writes a folder that plain `transformers` loads; this does the same in memory:"
+        )
     if result.format != "adapter":
         return "Plain `transformers` is enough."
     if result.base_bundled:

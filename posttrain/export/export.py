@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -32,8 +32,10 @@ from posttrain.export.verify import (
     probe_inputs,
     weights_fingerprint,
 )
-from posttrain.models.load import ADAPTER_CONFIG, BUNDLED_BASE
+from posttrain.models.load import ADAPTER_CONFIG, BUNDLED_BASE, DELTA_FILE
 from posttrain.run.directory import RunDirectory
+from posttrain.selection.delta import write_delta
+from posttrain.selection.delta_apply import files_beside, load_delta
 
 MARKER = "posttrain_export.json"
 """Written last: says that the folder is ours, was verified, and what its files' fingerprints are."""
@@ -41,7 +43,7 @@ MARKER = "posttrain_export.json"
 UNHASHED = (MARKER, "README.md", ".gitattributes")
 """Files one may edit after the export without making it unverified; the Hub adds the last one."""
 
-Format = Literal["auto", "adapter", "merged", "full"]
+Format = Literal["auto", "adapter", "merged", "full", "delta"]
 _Model = PreTrainedModel | PeftModel
 
 
@@ -55,12 +57,13 @@ class ExportResult:
 
     Attributes:
         folder: Where it is.
-        format: ``adapter``, ``merged`` or ``full``.
-        base: Address of the adapter's base model (Hub id or absolute folder); None for the other formats.
+        format: ``adapter``, ``merged``, ``full`` or ``delta``.
+        base: Address of the base (Hub id or absolute folder) of an adapter or delta; None for the others.
         base_bundled: Whether the base was saved in ``folder/base``.
         dtype: Type of the weights.
         comparison: Logits of the reloaded model against the trained one.
         bytes: Size of the folder.
+        density: Share of the weights that a delta holds; None for the other formats.
     """
 
     folder: str
@@ -70,6 +73,7 @@ class ExportResult:
     dtype: str
     comparison: Comparison
     bytes: int
+    density: float | None = None
 
 
 def export_model(
@@ -81,7 +85,9 @@ def export_model(
     card: CardData | None = None,
     probe_texts: Sequence[str] = ("Once upon a time, 2 + 2 = ",),
     base_path: str | None = None,
+    base_revision: str | None = None,
     bundle_base: bool | None = None,
+    about: Any = None,
     overwrite: bool = False,
 ) -> ExportResult:
     """Export a trained model, verified by reloading it.
@@ -91,16 +97,22 @@ def export_model(
         tokenizer: Saved beside the weights, chat template included.
         out_dir: Target folder. An earlier export of ours is replaced once the new one is verified.
         format: ``adapter`` (PEFT), ``merged`` (adapter folded into the weights), ``full`` (a model without
-            adapter), or ``auto``: adapter for a ``PeftModel``, full otherwise.
+            adapter), ``delta`` (the weights that differ from the base's, an adapter folded in; see
+            :mod:`posttrain.selection.delta`), or ``auto``: adapter for a ``PeftModel``, full otherwise.
         card: What the model card tells; see :class:`posttrain.export.card.CardData`.
         probe_texts: Texts whose logits are compared, besides ids spread over the vocabulary.
-        base_path: Hub id or folder of an adapter's base; what the base model remembers when None.
+        base_path: Hub id or folder of the base of an adapter or delta; for an adapter what the base model
+            remembers when None.
+        base_revision: Commit or branch of a delta's base on the Hub.
         bundle_base: Save the base in ``out_dir/base``, so that the export can be moved or pushed on its own.
             None: when the base has no address because it was built in memory, or the run that is exported
             made it itself (a warm start).
+        about: JSON to keep in a delta, for example the selection that was trained.
         overwrite: Replace a folder that is not an export of ours; its content is kept in ``NAME.old``.
 
     Raises:
+        posttrain.selection.delta_file.DeltaError: A delta was asked for, and nothing changed, too
+            much did, or the base is another model.
         ExportError: The format does not fit the model, the target is in use, the weights are sharded or
             quantised, the reloaded model differs from the trained one, or a merge changes nothing.
     """
@@ -115,12 +127,18 @@ def export_model(
         raise ExportError(
             "the trained model gives logits that are not finite: export the last good checkpoint instead"
         )
-    base, bundled, base_logits = None, False, None
+    base, bundled, base_logits, density = None, False, None, None
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             base_logits = logits(model, probes)
         base = _base_address(model, base_path)
         bundled = kind == "adapter" and (_needs_bundle(base, target) if bundle_base is None else bundle_base)
+    if kind == "delta":
+        base = _base_address(model, base_path)
+        if base is None or (base_path is None and not isinstance(model, PeftModel)):
+            raise ExportError(
+                "a delta needs the base the training started from: name it in base_path (--base)"
+            )
     partial = target.with_name(f".{target.name}.partial")
     _remove(partial)
     partial.mkdir(parents=True)
@@ -133,6 +151,10 @@ def export_model(
                 _save_weights(_base_copy(model), partial / BUNDLED_BASE)
                 tokenizer.save_pretrained(partial / BUNDLED_BASE)
             reload_base = str(partial / BUNDLED_BASE) if bundled else base
+        elif kind == "delta":
+            assert base is not None
+            density = _save_delta(model, partial, base, base_revision, about)
+            reload_base = None  # the file says it
         else:
             _save_weights(_merged_copy(model) if isinstance(model, PeftModel) else model, partial)
             reload_base = None
@@ -145,11 +167,12 @@ def export_model(
         result = ExportResult(
             folder=str(target),
             format=kind,
-            base=base if kind == "adapter" and not bundled else None,
+            base=base if kind == "delta" or (kind == "adapter" and not bundled) else None,
             base_bundled=bundled,
             dtype=str(_dtype(model)).removeprefix("torch."),
             comparison=comparison,
             bytes=sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()),
+            density=density,
         )
         write_card(partial, card or {}, result, prompt=probe_texts[0] if probe_texts else None)
         _write_marker(partial, result)
@@ -188,7 +211,7 @@ def _resolve_format(model: _Model, format: Format) -> str:
         raise ExportError(
             f"format {kind!r} needs an adapter, but all weights were trained: use 'full' or 'auto'"
         )
-    if kind == "merged" and any(not p.is_floating_point() for p in model.parameters()):
+    if kind in ("merged", "delta") and any(not p.is_floating_point() for p in model.parameters()):
         raise ExportError(
             "the base is quantised, and merging into it would round the update away: export the adapter, "
             "load the base in bfloat16 with the adapter on top, and merge that"
@@ -236,9 +259,10 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced" if _is_ours(target) else f"{target.name}.old")
 
 
-def _base_address(model: PeftModel, base_path: str | None) -> str | None:
+def _base_address(model: _Model, base_path: str | None) -> str | None:
     """Return the Hub id or absolute folder of the base, or None when it lives in memory only."""
-    address = base_path or getattr(model.get_base_model().config, "_name_or_path", None)
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    address = base_path or getattr(core.config, "_name_or_path", None)
     if not address or address.startswith("embedded:"):
         return None
     folder = Path(address).expanduser()
@@ -285,6 +309,18 @@ def _save_weights(model: PreTrainedModel, folder: Path) -> None:
     config = json.loads(path.read_text())
     if config.get("use_cache") is False:
         path.write_text(json.dumps({**config, "use_cache": True}, indent=2, sort_keys=True) + "\n")
+
+
+def _save_delta(model: _Model, folder: Path, base: str, revision: str | None, about: Any) -> float:
+    """Write the weights that differ from the base's, and the trained model's configuration; return their
+    share. The whole model lies on the disk for a moment: the delta is what differs between files."""
+    whole = folder / ".whole"
+    _save_weights(_merged_copy(model) if isinstance(model, PeftModel) else model, whole)
+    header = write_delta(base, whole, folder / DELTA_FILE, revision=revision, about=about)
+    for path in files_beside(whole):
+        path.rename(folder / path.name)
+    _remove(whole)
+    return header.density
 
 
 def _cpu_copy(model: _Model, dtype: torch.dtype | None = None) -> _Model:
@@ -381,10 +417,12 @@ def _remove(folder: Path) -> None:
 
 
 def _load_plain(folder: Path, base: str | None, live: _Model) -> _Model:
-    """Load as any user would: transformers, and PEFT on top of ``base`` for an adapter."""
+    """Load as any user would: transformers, and PEFT on top of ``base`` for an adapter; a delta by itself."""
     core = live.get_base_model() if isinstance(live, PeftModel) else live
     # remote code that already ran in training may run again
     remote = type(core).__module__.startswith("transformers_modules")
+    if (folder / DELTA_FILE).is_file():
+        return load_delta(folder, dtype=_dtype(live), trust_remote_code=remote)
     options = {"dtype": _dtype(live), "use_safetensors": True, "trust_remote_code": remote}
     if base is None:
         return AutoModelForCausalLM.from_pretrained(folder, **options)

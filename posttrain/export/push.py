@@ -118,6 +118,12 @@ def push(
 def _changed_for_hub(folder: Path, repo_id: str, revision: str | None) -> dict[str, bytes]:
     """Return the files whose content on the Hub differs from the folder's, by name."""
     changed = {"README.md": for_hub((folder / "README.md").read_text(), repo_id, revision).encode()}
+    marker = json.loads((folder / MARKER).read_text())
+    if marker["format"] == "delta" and not is_hub_id(marker["base"]):
+        raise PushError(
+            f"the delta's base is the local folder {marker['base']!r}, which nobody else can load: push the "
+            f"base, or find it on the Hub, and export again with --base user/name"
+        )
     path = folder / ADAPTER_CONFIG
     if path.is_file():
         config = json.loads(path.read_text())
@@ -125,7 +131,6 @@ def _changed_for_hub(folder: Path, repo_id: str, revision: str | None) -> dict[s
         if (folder / BUNDLED_BASE).is_dir():
             config["base_model_name_or_path"] = f"./{BUNDLED_BASE}"
             changed[ADAPTER_CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-            marker = json.loads((folder / MARKER).read_text())
             marker["files"][ADAPTER_CONFIG] = hashlib.sha256(changed[ADAPTER_CONFIG]).hexdigest()
             changed[MARKER] = (json.dumps(marker, indent=1) + "\n").encode()
         elif not is_hub_id(base):

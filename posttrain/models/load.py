@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +30,14 @@ from posttrain.models import embedded
 from posttrain.models.adapter import build_peft_config as build_peft_config
 
 ADAPTER_CONFIG = "adapter_config.json"
+DELTA_FILE = "delta.safetensors"
+"""Name of a sparse delta in an exported folder."""
+
 BUNDLED_BASE = "base"
 """Folder beside an exported adapter that holds its base model, when that has no address of its own."""
 
 _EMBEDDED_PREFIX = "embedded:"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-"""Files that are never read: opening them can run code."""
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 # in order of preference; ids of tokens that pad a text in some family and mean nothing inside one
 _PAD_CANDIDATES = (
@@ -126,7 +129,26 @@ def find_adapter_folder(path: str, revision: str | None = None) -> Path | None:
     _refuse_missing_folder(path)
     if find_adapter_config_file(path, revision=revision) is None:
         return None
-    return Path(snapshot_download(path, revision=revision, ignore_patterns=list(PICKLES)))
+    return download(path, revision)
+
+
+def download(path: str, revision: str | None = None, *, only: Sequence[str] | None = None) -> Path:
+    """Return the local folder of a Hub repository, without pickles; from the cache while the Hub is off.
+
+    Args:
+        path: Hub id.
+        revision: Commit, tag or branch.
+        only: Patterns of the files needed; all when None.
+    """
+    folder = snapshot_download(
+        path,
+        revision=revision,
+        allow_patterns=None if only is None else list(only),
+        ignore_patterns=list(_PICKLES),
+        # left to itself it asks the Hub which files a commit has, however much of it is in the cache
+        local_files_only=hub_constants.HF_HUB_OFFLINE,
+    )
+    return Path(folder)
 
 
 def _load_embedded(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -198,7 +220,21 @@ def _refuse_unusable_folder(path: str) -> None:
         raise ModelLoadError(
             f"{path!r} is not a checkpoint: it has neither config.json nor {ADAPTER_CONFIG}.{hint}"
         )
+    refuse_delta(folder)
     _refuse_pickles(folder, needed="model.safetensors")
+
+
+def refuse_delta(folder: Path) -> None:
+    """Refuse a folder that holds a delta instead of weights.
+
+    Raises:
+        ModelLoadError: It does.
+    """
+    if (folder / DELTA_FILE).is_file() and not any(folder.glob("model*.safetensors")):
+        raise ModelLoadError(
+            f"{str(folder)!r} holds a sparse delta, not a model: put it on its base with "
+            f"posttrain delta apply {folder} --to FOLDER, or load it with posttrain.load_delta"
+        )
 
 
 def _listing(folder: Path) -> list[str]:
@@ -209,7 +245,7 @@ def _listing(folder: Path) -> list[str]:
 def _refuse_pickles(folder: Path, *, needed: str) -> None:
     if any(folder.glob("*.safetensors")):
         return
-    pickles = sorted(entry.name for pattern in PICKLES for entry in folder.glob(pattern))
+    pickles = sorted(entry.name for pattern in _PICKLES for entry in folder.glob(pattern))
     if pickles:
         raise ModelLoadError(
             f"{str(folder)!r} holds pickled weights only ({', '.join(pickles)}), which can run code when "

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from peft import PeftModel
 
 from posttrain.export.card import card_of
@@ -25,18 +26,24 @@ def publish(
     push_to: str | None,
     private: bool,
     probe_texts: Sequence[str] | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Export a model, verified by reloading it, and upload it if asked.
 
+    Args:
+        base: Base of a delta; ``model.path`` of the run when None.
+
     Returns:
-        ``folder``, ``format``, ``base``, ``base_bundled``, ``dtype``, ``bytes``, ``max_difference`` of the
-        reloaded logits, and ``pushed`` (address or None).
+        ``folder``, ``format``, ``base``, ``base_bundled``, ``dtype``, ``bytes``, ``density``,
+        ``max_difference`` of the reloaded logits, and ``pushed`` (address or None).
 
     Raises:
         posttrain.export.export.ExportError: See :func:`posttrain.export.export.export_model`.
         posttrain.export.push.PushError: See :func:`posttrain.export.push.push`.
     """
-    probes: dict[str, Any] = {"probe_texts": probe_texts} if probe_texts else {}
+    settings: dict[str, Any] = {"probe_texts": probe_texts} if probe_texts else {}
+    if format == "delta":
+        settings |= _delta_settings(run, base)
     result = export_model(
         model,
         tokenizer,
@@ -44,11 +51,21 @@ def publish(
         format=format,
         card=card_of(run) if run is not None else None,
         bundle_base=_bundle(model, run, pushing=push_to is not None),
-        **probes,
+        **settings,
     )
     pushed = push(result.folder, push_to, private=private) if push_to else None
     facts = {key: value for key, value in asdict(result).items() if key != "comparison"}
     return {**facts, "max_difference": result.comparison.max_difference, "pushed": pushed}
+
+
+def _delta_settings(run: RunDirectory | None, base: str | None) -> dict[str, Any]:
+    """Where the run started, before any warm start, and what it was allowed to change."""
+    if run is None:
+        return {"base_path": base}
+    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    model = config["model"]
+    found = {"base_path": base or model["path"], "about": {"selection": config.get("selection")}}
+    return found if base else {**found, "base_revision": model.get("revision")}
 
 
 def _bundle(model: Any, run: RunDirectory | None, *, pushing: bool) -> bool | None:

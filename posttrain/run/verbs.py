@@ -126,7 +126,13 @@ def evaluate_path(path: str, config: RunConfig, *, out: Path | None = None) -> E
 
 
 def export_path(
-    source: str | Path, *, to: Path | None, format: str, push_to: str | None, private: bool
+    source: str | Path,
+    *,
+    to: Path | None,
+    format: str,
+    push_to: str | None,
+    private: bool,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Export the model of a run or of one of its checkpoints, verified, and upload it if asked.
 
@@ -137,6 +143,7 @@ def export_path(
         format: One of :data:`EXPORT_FORMATS`.
         push_to: Hub repository, or None.
         private: Whether a repository that is created is private.
+        base: Base of a delta; ``model.path`` of the run when None.
 
     Returns:
         See :func:`posttrain.run.publish.publish`.
@@ -169,4 +176,5 @@ def export_path(
         format=format,  # type: ignore[arg-type]
         push_to=push_to,
         private=private,
+        base=base,
     )

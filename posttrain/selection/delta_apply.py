@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from posttrain.evaluation.checkpoint import INDEX, Checkpoint, Stored
+from posttrain.models.load import DELTA_FILE
 from posttrain.selection.delta_base import (
     base_of,
     check_tensors,
@@ -25,7 +26,7 @@ from posttrain.selection.delta_base import (
     to_type,
     verify,
 )
-from posttrain.selection.delta_file import DELTA_FILE, DeltaError, DeltaFile, Header, save_tensors
+from posttrain.selection.delta_file import DeltaError, DeltaFile, Header, save_tensors
 from posttrain.selection.plan import tensor_hash
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"}
@@ -216,7 +217,7 @@ def _rewrite(
                 size += tensors[name].nbytes
             save_tensors(tensors, partial / shard.name, {"format": "pt"})
         _copy_beside(source, partial, header, size)
-        for path in _beside(over) if over is not None else ():
+        for path in files_beside(over) if over is not None else ():
             shutil.copyfile(path, partial / path.name)
         if out.exists():
             out.rmdir()
@@ -226,7 +227,7 @@ def _rewrite(
         raise
 
 
-def _beside(folder: Path) -> list[Path]:
+def files_beside(folder: Path) -> list[Path]:
     """Return what belongs to a model besides its weights: configuration, tokenizer, code."""
     return [
         path
@@ -236,7 +237,7 @@ def _beside(folder: Path) -> list[Path]:
 
 
 def _copy_beside(source: Checkpoint, target: Path, header: Header, size: int) -> None:
-    for path in _beside(source.folder):
+    for path in files_beside(source.folder):
         if path.name != "config.json":
             shutil.copyfile(path, target / path.name)
     index = source.folder / INDEX

@@ -44,6 +44,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from posttrain.models.load import DELTA_FILE
 from posttrain.selection.plan import index_dtype
 
 FORMAT = "posttrain-delta"
@@ -323,7 +324,7 @@ class DeltaFile:
     """A delta file, or a folder that holds one; use as a context manager to read tensors.
 
     Args:
-        path: File, or folder with :data:`DELTA_FILE` in it.
+        path: File, or folder with :data:`~posttrain.models.load.DELTA_FILE` in it.
 
     Attributes:
         header: See :class:`Header`.
@@ -403,10 +404,6 @@ class DeltaFile:
             raise DeltaError(
                 f"{self.path} is damaged: its header and its tensors disagree about {', '.join(odd[:3])}"
             )
-
-
-DELTA_FILE = "delta.safetensors"
-"""Name of the file in an exported folder."""
 
 
 def _read_header(metadata: Mapping[str, str], path: Path) -> Header:
