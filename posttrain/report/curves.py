@@ -124,6 +124,8 @@ def _heading(key: str, methods: set[str]) -> str:
         return "Rewards and verifiers"
     if prefix == "held_out":
         return HELD_OUT
+    if prefix in ("rollout_gap", "sampling"):
+        return "Sampler against trainer"
     if prefix in methods or (slash and prefix not in UPSTREAM):
         return f"Method: {prefix}"
     return OTHER

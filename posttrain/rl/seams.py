@@ -145,6 +145,9 @@ class GRPOSeams(TRLGRPOTrainer):
     def before_generation(self) -> None:
         """Act on the policy or the reference, in training, while no rollout is in use."""
 
+    def on_sampled(self, batch: dict[str, Any]) -> None:
+        """Look at a generation batch as TRL made it, log-probabilities of the sampler included if given."""
+
     def on_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
         """Reshape the gathered (rows of all ranks, functions) rewards."""
         return rewards
@@ -192,6 +195,7 @@ class GRPOSeams(TRLGRPOTrainer):
         if self.hooked and self.mode == "train":
             self.before_generation()
         batch = self.raw_rollout(inputs)
+        self.on_sampled(batch)
         if self.hooked:
             assert self._gathered_rewards is not None
             batch = self.on_generated(inputs, batch, self._gathered_rewards)

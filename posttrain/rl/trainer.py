@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,6 +158,18 @@ class GRPOTrainer(ExactResume, FiniteGuard, MoreRollouts):
         self.log_advantages(torch.zeros_like(flat, dtype=advantages.dtype).masked_scatter(flat, advantages))
         batch["advantages"] = advantages.view(ranks, -1)[self.accelerator.process_index]
         return batch, rewards, size
+
+    def on_sampled(self, batch: dict[str, Any]) -> None:
+        """Log the tail of the gap between sampler and trainer: shares of tokens off by over 10 and 50 %."""
+        sampled, own = batch.get("sampling_per_token_logps"), batch.get("old_per_token_logps")
+        if sampled is None or own is None:
+            return
+        gap = (own - sampled).abs()
+        known = self.loss_mask(batch).bool() & ~gap.isnan()
+        self._gauges.enter("rollout_gap")
+        for percent in (10, 50):
+            self._gauges.mean(f"over_{percent}_percent", gap > math.log1p(percent / 100), where=known)
+        self._log_gauges()
 
     def on_rollout(self, batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
         """Row and advantage stages."""

@@ -38,6 +38,7 @@ class Limits:
         dead_groups: Share of groups whose rewards are all equal.
         failures: Share of verdicts that are errors or timeouts.
         logp_gap: Mean rollout/trainer log-probability gap, nats per token.
+        logp_tail: Share of tokens whose probabilities differ by more than 10 % between rollout and trainer.
         held_out_drop: Fall of the held-out reward or pass@k from its best while the training reward rises.
     """
 
@@ -50,6 +51,7 @@ class Limits:
     dead_groups: float = 0.8
     failures: float = 0.05
     logp_gap: float = 0.05
+    logp_tail: float = 0.25
     held_out_drop: float = 0.05
 
 
@@ -189,11 +191,16 @@ def failing_verifier(history: History, limits: Limits) -> tuple[str, str] | None
 
 def rollout_gap(history: History, limits: Limits) -> tuple[str, str] | None:
     """The rollout engine and the trainer disagree about probabilities."""
-    now = history.now("sampling/sampling_logp_difference/mean", limits.patience)
-    if now is None or now <= limits.logp_gap:
+    mean = history.now("sampling/sampling_logp_difference/mean", limits.patience)
+    tail = history.now("rollout_gap/over_10_percent", limits.patience)
+    if mean is not None and mean > limits.logp_gap:
+        found = f"rollout and trainer log-probabilities differ by {mean:.3g} nats per token on average"
+    elif tail is not None and tail > limits.logp_tail:
+        found = f"rollout and trainer disagree by more than 10 % about {tail:.0%} of the tokens"
+    else:
         return None
     return (
-        f"rollout and trainer log-probabilities differ by {now:.3g} nats per token on average",
+        found,
         "check that both use one precision, one temperature and no truncated sampling (top_p, top_k, min_p)",
     )
 

@@ -54,6 +54,13 @@ def test_alarm(name, tmp_path):
     assert 30 < found[name].step <= 60  # after the healthy part, within its patience
 
 
+def test_a_heavy_tail_is_a_gap_whatever_the_mean():
+    found = raised({"rollout_gap/over_10_percent": 0.08}, {"rollout_gap/over_10_percent": 0.4})
+    assert list(found) == ["rollout_gap"]
+    assert "40% of the tokens" in found["rollout_gap"].message
+    assert raised({}, {"rollout_gap/over_10_percent": 0.08}) == {}
+
+
 def test_narrowing_shows_in_pass_at_k_and_names_what_to_try():
     before = {"held_out/pass@1": 0.3, "held_out/pass@16": 0.9}
     after = {"reward": 0.9, "held_out/pass@1": 0.6, "held_out/pass@16": 0.7}
