@@ -83,6 +83,14 @@ class GRPOTrainer(ExactResume, FiniteGuard, MoreRollouts):
         self._gauges = Gauges()
         super().__init__(*args, **kwargs)
         self.refuse_late()
+        if self.beta != 0 and not self.wants_reference and not _starts_empty(peft_config):
+            logger.warning(
+                "the KL term is measured against a wrong reference: init_lora_weights=%r moves weights into "
+                "the adapter, and TRL's reference is the model with the adapter off. Kept, because without "
+                "methods this trainer is TRL; use init_lora_weights=True, or a method that needs the reference "
+                "(ace), which makes it right.",
+                getattr(peft_config, "init_lora_weights", None),
+            )
 
     def _anyone_needs(self, need: Need) -> bool:
         return any(need in method.needs for method in self._active)
