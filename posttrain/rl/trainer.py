@@ -87,7 +87,7 @@ class GRPOTrainer(ExactResume, FiniteGuard, MoreRollouts):
             logger.warning(
                 "the KL term is measured against a wrong reference: init_lora_weights=%r moves weights into "
                 "the adapter, and TRL's reference is the model with the adapter off. Kept, because without "
-                "methods this trainer is TRL; use init_lora_weights=True, or a method that needs the reference "
+                "methods this trainer is TRL; use init_lora_weights=True, or a method that needs a reference "
                 "(ace), which makes it right.",
                 getattr(peft_config, "init_lora_weights", None),
             )
