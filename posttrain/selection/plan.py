@@ -32,12 +32,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+from posttrain._lazy import torch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Kind = Literal["none", "all", "rows", "columns", "elements"]
 
@@ -438,6 +438,8 @@ class SelectionPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as one safetensors file."""
+        from safetensors.torch import save_file
+
         tensors, metadata = self.to_state()
         save_file(tensors, str(path), metadata)
 
@@ -448,6 +450,8 @@ class SelectionPlan:
         Raises:
             PlanError: The file is missing, something else, or damaged.
         """
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(str(path), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
