@@ -37,7 +37,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, is_peft_model
+from accelerate.utils import broadcast
+from peft import PeftModel
 from torch.utils.data import Sampler
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
@@ -249,7 +250,7 @@ class GRPOSeams(TRLGRPOTrainer):
         seen: list[Scored] = []
         parts: list[dict[str, torch.Tensor]] = []
         policy = self.accelerator.unwrap_model(model)
-        policy = policy.get_base_model() if is_peft_model(policy) else policy
+        policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
 
         def receive(scored: Scored) -> None:
             if in_loss:
@@ -401,7 +402,7 @@ class GRPOSeams(TRLGRPOTrainer):
     def _build_reference(self) -> None:
         """Make the initial policy available where TRL does not: with ``beta=0``, or hidden in an adapter."""
         policy = self.accelerator.unwrap_model(self.model)
-        if is_peft_model(policy):
+        if isinstance(policy, PeftModel):
             own = self._adapter_acts_at_start or self.wants_movable_reference
             if own and "ref" not in policy.peft_config:
                 self._copy_adapter(policy)
@@ -449,7 +450,7 @@ class GRPOSeams(TRLGRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         policy = self.model if model is None else model
-        if is_peft_model(policy) and {"ref", "default"} <= policy.peft_config.keys():
+        if isinstance(policy, PeftModel) and {"ref", "default"} <= policy.peft_config.keys():
             # transformers loads adapters from subfolders (the reference) and then forgets the one beside them
             policy.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
@@ -478,7 +479,7 @@ class GRPOSeams(TRLGRPOTrainer):
     def _reference_tensors(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the tensors in which reference and policy can differ, in pairs."""
         policy = self.accelerator.unwrap_model(self.model)
-        if is_peft_model(policy):
+        if isinstance(policy, PeftModel):
             trained = policy.active_adapters[0]
             return [
                 (policy.get_parameter(name.replace(f".{trained}.", ".ref.")), parameter)
@@ -517,7 +518,7 @@ class GRPOSeams(TRLGRPOTrainer):
         mask = self.loss_mask(batch)
         parts: list[torch.Tensor] = []
         policy: Any = self.accelerator.unwrap_model(self.model)
-        policy = policy.get_base_model() if is_peft_model(policy) else policy
+        policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
 
         def pool(module: torch.nn.Module, args: Any, output: Any) -> None:
             del module, args
