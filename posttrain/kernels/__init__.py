@@ -1,10 +1,12 @@
 """Statistics of next-token distributions, tile by tile: the only place that touches vocabulary-sized tensors.
 
-:mod:`~posttrain.kernels.statistics` and :mod:`~posttrain.kernels.divergence` have the mathematics on plain
-tensors, :mod:`~posttrain.kernels.head` the LM head of a model and the watching of a forward.
+:mod:`~posttrain.kernels.statistics`, :mod:`~posttrain.kernels.divergence` and
+:mod:`~posttrain.kernels.entropy` have the mathematics on plain tensors, :mod:`~posttrain.kernels.head` the LM
+head of a model and the watching of a forward.
 """
 
 from posttrain.kernels.divergence import filtered_forward_kl
+from posttrain.kernels.entropy import entropies_with_gradient
 from posttrain.kernels.head import LMHead, Scored, logit_scale_of, watch_head
 from posttrain.kernels.statistics import TILE, TokenStatistics, token_statistics
 
@@ -13,6 +15,7 @@ __all__ = [
     "LMHead",
     "Scored",
     "TokenStatistics",
+    "entropies_with_gradient",
     "filtered_forward_kl",
     "logit_scale_of",
     "token_statistics",

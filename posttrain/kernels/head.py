@@ -10,10 +10,15 @@ from typing import Any
 import torch
 
 from posttrain.kernels.divergence import filtered_forward_kl
+from posttrain.kernels.entropy import entropies_with_gradient
 from posttrain.kernels.statistics import TILE, TokenStatistics, token_statistics
 
 # Names under which configurations of transformers keep a factor of the logits.
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+#: Smallest vocabulary at which :meth:`Scored.entropies` pays off on a CPU.
+LARGE_VOCABULARY = 2**15
 
 
 def logit_scale_of(config: Any) -> float:
@@ -124,6 +129,36 @@ class Scored:
                 entropy=entropy,
                 tile=tile,
             )
+
+    @property
+    def entropy_gradient_is_cheaper(self) -> bool:
+        """Whether :meth:`entropies` at few tokens costs less than the gradient of the forward's entropies.
+
+        Without Triton, TRL's head makes its entropy gradient at all tokens, one tensor operation after the
+        other; with it the gradient comes nearly free. A sharded head is left to TRL.
+        """
+        weight = self.head.module.weight
+        assert isinstance(weight, torch.Tensor)
+        sharded = hasattr(weight, "ds_status") or hasattr(weight, "full_tensor")
+        return weight.device.type == "cpu" and not sharded and weight.size(0) >= LARGE_VOCABULARY
+
+    def entropies(self, where: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Return (B, C) ``values``, entropies that the forward found, with gradient at the tokens ``where``.
+
+        See :func:`~posttrain.kernels.entropy.entropies_with_gradient`; not for a sharded head.
+        """
+        weight, bias = self.head.module.weight, getattr(self.head.module, "bias", None)
+        assert isinstance(weight, torch.Tensor)
+        chosen = entropies_with_gradient(
+            values[where],
+            self.hidden[where].to(weight.device),
+            weight,
+            bias=bias,
+            temperature=self.head.temperature,
+            logit_scale=self.head.logit_scale,
+            softcap=self.head.softcap,
+        )
+        return values.detach().masked_scatter(where, chosen)
 
     def forward_kl(
         self,

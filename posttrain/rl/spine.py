@@ -37,7 +37,8 @@ Defaults and where they come from
     The published runs use TTRL with 8 votes, temperature 0.7 and top-p 0.95.
 
 Needs
-    Nothing beyond the forward that TRL does anyway; with ``kl_coef`` above 0 log-probabilities under the
+    Nothing beyond the forward that TRL does anyway; on a CPU with a large vocabulary the LM head sees the
+    tokens outside the band once more in the backward. With ``kl_coef`` above 0 log-probabilities under the
     initial policy. The paper's KL runs over the whole vocabulary; ours is k3 on the sampled token, which
     estimates it without bias on-policy and needs no logits.
 
@@ -259,8 +260,9 @@ class Spine(Method):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The initial policy, only for the KL."""
-        return frozenset({"ref_logps"}) if self.kl_coef > 0 else frozenset()
+        """The LM head for the gradient of the band, the initial policy for the KL."""
+        needs: set[Need] = {"head"} if self._has_band else set()
+        return frozenset(needs | {"ref_logps"} if self.kl_coef > 0 else needs)
 
     @property
     def _has_band(self) -> bool:
@@ -337,13 +339,23 @@ class Spine(Method):
         if self.band_skip_zero_advantage:
             forks = forks & ~tokens.tied.unsqueeze(1)
         return band_hinge(
-            tokens.entropies,
+            self._with_gradient(tokens, forks, low.unsqueeze(1), high.unsqueeze(1)),
             forks,
             low,
             high,
             weight_low=self.band_weight_low,
             weight_high=self.band_weight_high,
         )
+
+    def _with_gradient(
+        self, tokens: Tokens, forks: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the entropies, with gradient at least where the hinge has a slope."""
+        if tokens.head is None or not tokens.head.entropy_gradient_is_cheaper:
+            return tokens.entropies
+        below = (tokens.entropies < low.to(tokens.entropies.dtype)) & (self.band_weight_low > 0)
+        above = (tokens.entropies > high.to(tokens.entropies.dtype)) & (self.band_weight_high > 0)
+        return tokens.head.entropies(forks & (below | above), tokens.entropies)
 
     def mean_penalty(self, tokens: Tokens) -> torch.Tensor | None:
         """Return the KL to the initial policy, a mean over the forks of the micro-batch."""

@@ -180,6 +180,42 @@ def test_full_kl_reaches_backbone_and_head():
         assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", list(MODELS))
+def test_entropy_gradient_reaches_backbone_and_head(name):
+    model = copy.deepcopy(MODELS[name]).double()
+    ids, mask = batch()
+    seen = []
+    with watch_head(model, ids, mask, COLUMNS, seen.append, temperature=0.9):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+    logps = torch.log_softmax(logits[:, -COLUMNS - 1 : -1] / 0.9, -1)
+    entropies = -(logps.exp() * logps).sum(-1)
+    where = mask[:, -COLUMNS:].bool()
+    where[0, 1] = where[2, 3] = False
+    factor = torch.linspace(-1, 2, ROWS * COLUMNS, dtype=torch.float64).view(ROWS, COLUMNS)
+    found = seen[0].entropies(where, entropies)
+    assert torch.equal(found, entropies)
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad((found * factor).sum(), parameters, retain_graph=True),
+        torch.autograd.grad((entropies * factor)[where].sum(), parameters),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_entropy_gradient_is_for_large_whole_heads(monkeypatch):
+    model = support.model()
+    ids, mask = batch()
+    seen = []
+    with watch_head(model, ids, mask, COLUMNS, seen.append):
+        model(input_ids=ids, attention_mask=mask)
+    assert not seen[0].entropy_gradient_is_cheaper
+    monkeypatch.setattr("posttrain.kernels.head.LARGE_VOCABULARY", 10)
+    assert seen[0].entropy_gradient_is_cheaper
+    model.lm_head.weight.ds_status = "sharded"
+    assert not seen[0].entropy_gradient_is_cheaper
+
+
 def test_full_kl_refuses_a_sharded_head():
     model = support.model()
     ids, mask = batch()

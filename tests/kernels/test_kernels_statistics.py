@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posttrain.kernels import filtered_forward_kl, token_statistics
+from posttrain.kernels import entropies_with_gradient, filtered_forward_kl, token_statistics
 
 N, H, V = 13, 8, 53  # V is prime: no tile divides it
 
@@ -173,6 +173,7 @@ def test_no_tensor_of_tokens_times_vocabulary(dtype):
     weight.requires_grad_()
     with Largest() as seen:
         filtered_forward_kl(hidden, weight, bias=bias, min_ratio=0.1, tile=tile).sum().backward()
+        entropies_with_gradient(torch.ones(n), hidden, weight, bias=bias, tile=tile).sum().backward()
     assert seen.elements <= max(tile, v * H)
 
 
@@ -277,3 +278,34 @@ def test_full_kl_needs_one_filter():
     for rule in ({}, {"min_ratio": 0.1, "threshold": 0.1}):
         with pytest.raises(ValueError, match="either min_ratio or threshold"):
             filtered_forward_kl(hidden, weight, **rule)
+
+
+@pytest.mark.parametrize("tile", [1, 3 * V + 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", HEADS, ids=lambda h: "-".join(h) or "plain")
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradient_of_entropies_is_that_of_full_logits(tile, dtype, head, with_bias):
+    hidden, weight, bias, _ = inputs(dtype, with_bias=with_bias)
+    if with_bias:
+        bias[5] = -math.inf  # a token that cannot be
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    logps = full_logps(doubles[0], doubles[1], doubles[2] if with_bias else None, **head)
+    wanted = torch.special.entr(logps.exp()).sum(-1)
+    factor = torch.linspace(-2, 3, N)
+    found = entropies_with_gradient(wanted.to(dtype), hidden, weight, bias=bias, tile=tile, **head)
+    assert torch.equal(found, wanted.to(dtype))
+    grads = torch.autograd.grad((found * factor.to(dtype)).sum(), leaves)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    # entropy of each row is a function of finite logits only: drop the impossible token from the reference
+    logits = torch.ones(V, dtype=torch.bool)
+    if with_bias and "softcap" not in head:
+        logits[5] = False
+    reference = full_logps(doubles[0], doubles[1][logits], doubles[2][logits] if with_bias else None, **head)
+    expected_grads = torch.autograd.grad(
+        (-(reference.exp() * reference).sum(-1) * factor).sum(), doubles, materialize_grads=True
+    )
+    for grad, value in zip(grads, expected_grads, strict=True):
+        value = torch.where(value.isnan(), 0.0, value)
+        assert torch.allclose(grad.double(), value, atol=tolerance, rtol=tolerance)
+        assert grad.abs().max() > 0.01

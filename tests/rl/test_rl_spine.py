@@ -364,8 +364,9 @@ def test_parameters_are_checked():
     assert not Spine(fork_ratio=1, band_weight_low=0, band_weight_high=0, variant="otsu").neutral
     assert not Spine(fork_ratio=1, band_weight_low=0).neutral
     assert not Spine(fork_ratio=1, band_weight_low=0, band_weight_high=0, kl_coef=0.1).neutral
-    assert Spine(kl_coef=0.1).needs == {"ref_logps"}
-    assert not Spine().needs
+    assert Spine(kl_coef=0.1).needs == {"head", "ref_logps"}
+    assert Spine().needs == {"head"}  # no forward of its own
+    assert not Spine(band_weight_low=0, band_weight_high=0).needs
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import numpy
 import pytest
 import support
 import torch
+from peft import get_peft_model
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from posttrain import GRPOTrainer
+from posttrain.kernels import Scored
 from posttrain.rl import ACE, LpReg, Spine
 from posttrain.rl.spine import quantile_forks
 
@@ -71,7 +73,7 @@ def example(tmp_path, monkeypatch, methods, dtype=torch.float64):
         # log proxy of the sheet minus log pi_old; row 0 has a positive advantage and is never looked at
         proxy = torch.tensor([[-math.inf] * 3, [-0.18, -2.9, -math.inf]], dtype=dtype)
         batch["posttrain/carry/lp_reg/gap"] = proxy - old
-        trainer.wants_old_head = False  # no model runs here
+    trainer.wants_head = trainer.wants_old_head = False  # no model runs here
     loss = trainer.compute_loss(trainer.model, batch)
     by_logp, by_entropy = torch.autograd.grad(loss, [live, entropies], allow_unused=True)
     return loss.item(), by_logp, by_entropy
@@ -224,6 +226,44 @@ def test_tokens_outside_the_forks_have_no_direct_gradient(tmp_path, monkeypatch)
     assert (by_logp[~forks] == 0).all()
     assert (by_entropy[~forks] == 0).all()
     assert (by_logp[forks] != 0).all()
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"variant": "otsu"},
+        {"band_weight_low": 0.0},
+        {"band_weight_high": 0.0, "band_skip_zero_advantage": True},
+    ],
+)
+def test_gradient_of_the_band_at_a_large_vocabulary(settings, adapter, tmp_path, monkeypatch):
+    """There only the tokens outside the band go through the head again, with the same result."""
+    weights = {"band_weight_low": 0.3, "band_weight_high": 0.5} | settings
+    trainer = build(tmp_path, [Spine(**weights)], temperature=0.7)
+    if adapter:
+        peft = get_peft_model(trainer.model, support.lora(init_lora_weights=False))
+        trainer.model = trainer.model_wrapped = peft
+    batch = trainer._generate_and_score_completions(rows())
+    batch["advantages"] = torch.linspace(-1, 1, 8)
+    batch["posttrain/tied"] = torch.arange(8) < 2
+    losses = [trainer.compute_loss(trainer.model, dict(batch))]
+    monkeypatch.setattr("posttrain.kernels.head.LARGE_VOCABULARY", 1)
+    used = []
+    original = Scored.entropies
+
+    def watch(self, where, values):
+        used.append(where)
+        return original(self, where, values)
+
+    monkeypatch.setattr(Scored, "entropies", watch)
+    losses.append(trainer.compute_loss(trainer.model, dict(batch)))
+    assert 0 < used[0].sum() < batch["completion_mask"].sum() / 2
+    assert losses[0].item() == losses[1].item()
+    for left, right in zip(*(gradients(loss, trainer.model) for loss in losses), strict=True):
+        assert left.abs().max() > 0
+        assert torch.allclose(left, right, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
