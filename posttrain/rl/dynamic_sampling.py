@@ -25,11 +25,12 @@ Defaults and where they come from
 
 Needs
     A data set with a length, not a stream. Each round is one generation call on every rank, of as many
-    groups as are missing (rounded up so that ranks share them evenly). What a run also computes per rollout
-    (old log-probabilities, a reference, a reward model) is computed for these groups too. TRL's metrics
-    (``reward``, lengths, ``frac_reward_zero_std``) stay those of the first generation, an unselected sample;
-    its table of completions and ``num_items_in_batch`` are those of the rows that train, and ``num_tokens``
-    counts everything.
+    groups as are missing (rounded up so that ranks share them evenly). Rewards are computed for all of them;
+    the forwards that a run makes per rollout (old log-probabilities, a reference) only for rows that stay,
+    unless vLLM's correction or a method needs the old policy's head. TRL's metrics (``reward``, lengths,
+    ``frac_reward_zero_std``) stay those of the first generation, an unselected sample; its table of
+    completions and ``num_items_in_batch`` are those of the rows that train, and ``num_tokens`` counts
+    everything.
 
 Metrics
     ``dynamic_sampling/dead_groups`` (share of the first generation), of these ``all_solved``, ``all_failed``,

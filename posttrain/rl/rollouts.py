@@ -122,13 +122,13 @@ class MoreRollouts(GRPOSeams):
         """Refill stage, the stages of :meth:`on_rollout`, then the stage of extra rows."""
         self._dead = self._really_done = None
         if self.mode != "train":
-            return self.on_rollout(batch, rewards)
+            return self.on_rollout(self.scored(batch), rewards)
         rounds = max((method.refill_rounds for method in self._active), default=0)
         plans = [(m, plan) for m in self._active if (plan := m.plan_extra()) is not None]
         prompts = self.group_prompts(inputs) if rounds or plans else []
         if rounds:
             batch, rewards = self._refill(batch, rewards, prompts, rounds)
-        batch = self.on_rollout(batch, rewards)
+        batch = self.on_rollout(self.scored(batch), rewards)
         for method, plan in plans:
             steps = 1 if plan.replace else self.args.steps_per_generation
             wanted = self.even_groups(max(1, math.ceil(plan.prompts * len(prompts))), steps)
@@ -152,7 +152,7 @@ class MoreRollouts(GRPOSeams):
             drawn = self.draw_prompts(self.even_groups(len(missing)), seen)
             if not drawn:
                 break
-            fresh = self.generate_groups(drawn)
+            fresh = self.generate_groups(drawn, score=False)
             count, made = count + 1, made + len(fresh.rewards)
             tokens += int(fresh.tokens.sum())
             done.append(fresh.rewards)
@@ -315,17 +315,26 @@ class MoreRollouts(GRPOSeams):
         unit = parts // math.gcd(parts, self.group_size)
         return -(-wanted // unit) * unit
 
-    def generate_groups(self, prompts: list[dict[str, Any]]) -> Generated:
-        """Generate and score one group for each prompt. Collective: one generation call on every rank.
+    @property
+    def rows_may_go(self) -> bool:
+        """A refill throws dead groups away."""
+        return self.mode == "train" and any(method.refill_rounds for method in self._active)
+
+    def generate_groups(self, prompts: list[dict[str, Any]], *, score: bool = True) -> Generated:
+        """Generate and verify one group for each prompt. Collective: one generation call on every rank.
 
         Args:
             prompts: Input rows, the same on every rank, as many as :meth:`even_groups` allows.
+            score: Also the log-probabilities that the loss and methods need; else they are missing or NaN,
+                for :meth:`~posttrain.rl.seams.GRPOSeams.scored` after rows have been thrown away.
         """
         rows = [dict(row) for row in prompts for _ in range(self.group_size)]
         share = len(rows) // self.accelerator.num_processes
         mine = rows[share * self.accelerator.process_index :][:share]
         with self._aside():
             batch = self.raw_rollout(mine)
+            if score:
+                batch = self.scored(batch)
             assert self._gathered_rewards is not None
             rewards, outcomes = self._gathered_rewards, self.outcomes
             log = {key: list(column)[-len(rows) :] for key, column in self._log_columns().items()}

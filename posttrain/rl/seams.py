@@ -69,6 +69,9 @@ _FORWARD_KEYS = (
     "image_position_ids",
 )
 
+# A batch whose log-probabilities are NaN until GRPOSeams.scored.
+_POSTPONED = "posttrain/postponed"
+
 
 def reward_name(function: Any) -> str:
     """Return the name TRL gives to a reward function, a reward model or the path of one."""
@@ -131,7 +134,7 @@ class GRPOSeams(TRLGRPOTrainer):
         self._gathered_rewards: torch.Tensor | None = None
         self._scored: tuple[Any, Any] = ([], [])
         self._own_reference = None
-        self._old_pass_is_next = False
+        self._old_pass_is_next = self._postponing = False
         self._old_statistics: dict[str, torch.Tensor] = {}
         self.live_head: Scored | None = None
         self._reference_moved = False
@@ -156,7 +159,7 @@ class GRPOSeams(TRLGRPOTrainer):
     def on_generated(self, inputs: Any, batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
         """Replace or add rows of a generation batch; around :meth:`on_rollout`."""
         del inputs
-        return self.on_rollout(batch, rewards)
+        return self.on_rollout(self.scored(batch), rewards)
 
     def on_rollout(self, batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
         """Change a generation batch; ``rewards`` is the gathered matrix."""
@@ -203,10 +206,36 @@ class GRPOSeams(TRLGRPOTrainer):
         return batch
 
     def raw_rollout(self, inputs: Any) -> dict[str, Any]:
-        """Generate and score ``inputs`` as TRL does, with what methods need in the batch. Collective."""
+        """Generate and verify ``inputs`` as TRL does; :meth:`scored` is still to come. Collective."""
         self._old_pass_is_next, self._old_statistics = self.wants_old_head and self.off_policy, {}
-        batch = super()._generate_and_score_completions(inputs)
+        # the correction for the sampler and methods that look at the old head need TRL's pass where it is
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        self._postponing = self.rows_may_go and not corrected and not self._old_pass_is_next
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+        finally:
+            postponed, self._postponing = self._postponing, False
         batch.update(self._old_statistics)
+        if postponed:
+            batch[_POSTPONED] = True
+        return batch
+
+    @property
+    def rows_may_go(self) -> bool:
+        """Whether rows can be thrown away between :meth:`raw_rollout` and :meth:`scored`.
+
+        TRL's own passes over the batch then wait for the rows that stay.
+        """
+        return False
+
+    def scored(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch of :meth:`raw_rollout` with the log-probabilities that are missing. Collective."""
+        batch = dict(batch)
+        if batch.pop(_POSTPONED, False):
+            if "old_per_token_logps" in batch:
+                batch["old_per_token_logps"] = self._logps_of_batch(self.model, batch, self._rows_per_forward)
+            if "ref_per_token_logps" in batch:
+                batch["ref_per_token_logps"] = self._reference_logps(batch)
         if self.wants_embeddings:
             batch.update(self._embedded(batch))
         elif self.wants_old_logps and "old_per_token_logps" not in batch:
@@ -217,6 +246,9 @@ class GRPOSeams(TRLGRPOTrainer):
         return batch
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._postponing:
+            ids, columns = args[0], args[2]
+            return torch.full((len(ids), columns), torch.nan, device=ids.device), None, None
         with self._watching(model, *args[:3]):
             result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if self._open_batch is not None:
@@ -456,8 +488,9 @@ class GRPOSeams(TRLGRPOTrainer):
 
     @contextlib.contextmanager
     def _reference_model(self) -> Iterator[torch.nn.Module]:
-        if self._own_reference is not None:
-            yield self._own_reference
+        reference = self._own_reference if self._own_reference is not None else self.ref_model
+        if reference is not None:
+            yield reference
             return
         policy = self.accelerator.unwrap_model(self.model)
         training = policy.training

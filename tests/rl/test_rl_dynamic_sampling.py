@@ -79,10 +79,10 @@ def shaped(completions, **_):
     return [-0.01 * len(text) for text in completions]
 
 
-def build(tmp_path, methods, rewards=graded, rows=40, cls=GRPOTrainer, **options):
+def build(tmp_path, methods, rewards=graded, rows=40, cls=GRPOTrainer, model=None, **options):
     kwargs = {} if cls is TRLGRPOTrainer else {"methods": methods}
     trainer = cls(
-        model=support.model(),
+        model=model or support.model(),
         args=support.grpo_config(tmp_path, **options),
         reward_funcs=rewards,
         train_dataset=support.prompts(rows),
@@ -143,6 +143,43 @@ def test_dead_groups_are_replaced_and_every_tensor_follows(tmp_path):
     reference = trainer._reference_logps(batch)
     assert batch["ref_per_token_logps"][kept].tolist() == pytest.approx(reference[kept].tolist(), abs=1e-5)
     assert (reference - live)[kept].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_only_rows_that_stay_are_scored(beta, tmp_path):
+    model = support.model()
+    model.save_pretrained(tmp_path / "model")
+    model.config._name_or_path = str(tmp_path / "model")  # where TRL finds its reference
+    trainer = build(
+        tmp_path,
+        [ACE(), DynamicSampling(max_rounds=5)],
+        model=model,
+        per_device_train_batch_size=8,
+        steps_per_generation=2,
+        beta=beta,
+    )
+    reference = trainer.ref_model if beta else trainer._own_reference
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    rows = {"policy": 0, "reference": 0}
+
+    def count(name):
+        def hook(module, args, kwargs):
+            rows[name] += len(kwargs["input_ids"])
+
+        return hook
+
+    trainer.model.register_forward_pre_hook(count("policy"), with_kwargs=True)
+    reference.register_forward_pre_hook(count("reference"), with_kwargs=True)
+    batch = trainer._generate_and_score_completions(inputs(trainer, 1, 3, 2, 5))
+    assert trainer._metrics["train"]["dynamic_sampling/extra_rows"][0] > 0
+    assert rows == {"policy": 16, "reference": 16}
+    kept = batch["completion_mask"].bool()
+    live, far = trainer._logps_of_batch(trainer.model, batch, 4), trainer._reference_logps(batch)
+    assert batch["old_per_token_logps"][kept].tolist() == pytest.approx(live[kept].tolist(), abs=1e-5)
+    assert batch["ref_per_token_logps"][kept].tolist() == pytest.approx(far[kept].tolist(), abs=1e-5)
+    assert (far - live)[kept].abs().max() > 0.01
 
 
 def test_the_log_says_what_was_generated_and_the_table_what_trains(tmp_path):
