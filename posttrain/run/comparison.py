@@ -39,8 +39,11 @@ TOTALS = {
     "steps": "steps",
     "tokens": "tokens (prompts and all completions)",
     "completion_tokens": "completion tokens trained on",
+    "generated_tokens": "completion tokens generated",
     "seconds": "seconds of training",
 }
+REFILLED = "dynamic_sampling/extra_tokens"
+"""Logged per generation batch: completion tokens of all ranks beyond the first generation."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ def numbers_of(run: Run) -> dict[str, float]:
 
     ``before/M``, ``after/M`` and ``change/M`` for every metric M of its evaluation, ``end/KEY`` for every
     logged number, and ``total/...`` for steps, tokens (TRL's count: prompts and every completion sampled),
-    completion tokens (mean length times completions of the batches trained on) and seconds.
+    completion tokens (mean length times completions of the batches trained on), generated tokens (these and
+    what a refill of dead groups generated, thrown away or not) and seconds.
     """
     found: dict[str, float] = {}
     sides = {
@@ -268,6 +272,12 @@ def _totals(run: Run) -> dict[str, float]:
         per_step = rows * processes / trainer.get("num_iterations", 1)
         taken = [step - before for before, step in zip([0.0, *steps], steps, strict=False)]
         found["total/completion_tokens"] = per_step * sum(map(mul, taken, lengths))
+        more = run.series(REFILLED)[1] or [0.0] * len(steps)
+        if len(more) == len(steps) and not any(math.isnan(tokens) for tokens in more):
+            accumulated = trainer.get("gradient_accumulation_steps", 1)
+            generations = accumulated / (trainer.get("steps_per_generation") or accumulated)
+            refilled = generations / trainer.get("num_iterations", 1) * sum(map(mul, taken, more))
+            found["total/generated_tokens"] = found["total/completion_tokens"] + refilled
     return found
 
 

@@ -16,9 +16,10 @@ import yaml
 from typer.testing import CliRunner
 
 from posttrain.cli import app
+from posttrain.report.load import read_run
 from posttrain.run import compare as comparing
 from posttrain.run.arms import Arm, parse_arm, plan, split_overrides
-from posttrain.run.comparison import Outcome, compare_runs
+from posttrain.run.comparison import Outcome, compare_runs, numbers_of
 from posttrain.run.comparison_page import band, write_page
 from posttrain.run.directory import RunError
 
@@ -388,8 +389,22 @@ def test_means_and_paired_differences_by_hand(config, tmp_path):
     assert result.means["total/seconds"]["a"].value == 20
     # two steps between logs, lengths 2 to 20, 16 rows on 2 processes
     assert result.means["total/completion_tokens"]["a"].value == 2 * sum(range(2, 21, 2)) * 32
+    assert result.means["total/generated_tokens"] == result.means["total/completion_tokens"]
     assert "end/grad_norm" not in result.means
     assert result.differences["end/reward"].keys() == {"b"}
+
+
+def test_tokens_of_replaced_groups_count_as_generated(tmp_path):
+    comparison_runs.write(tmp_path, seed=0, gain=0.0)
+    config = {"trainer": {"num_iterations": 2, "gradient_accumulation_steps": 6, "steps_per_generation": 3}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | {"dynamic_sampling/extra_tokens": float(row["step"])} for row in rows]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    numbers = numbers_of(read_run(tmp_path, "a"))
+    # one generation batch per step, two steps between logs
+    more = numbers["total/generated_tokens"] - numbers["total/completion_tokens"]
+    assert more == 2 * sum(range(2, 21, 2))
 
 
 def test_a_failed_seed_is_in_no_mean_and_no_pair(config, tmp_path):
