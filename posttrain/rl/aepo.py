@@ -49,8 +49,9 @@ Composes with
     them, TRL's KL and the sampler correction are off on them, they are in no group statistics. GARDO,
     constrained rewards and dynamic sampling act on the main rows before. Refused: a second entropy
     controller (``entropy_coef``, ``use_adaptive_entropy``), ``skip_zero_advantage`` (the entropy is measured
-    on every row), TTRL (aux rows would need the label of the main group), a ``rollout_func``. Warned: alpha
-    mode where the loss is a mean over tokens, SPINE's upper hinge; and when training, more than 5 % aux rows.
+    on every row), a ``rollout_func``. Warned: alpha mode where the loss is a mean over tokens, SPINE's upper
+    hinge, TTRL (aux rows get the label of the main group, right or wrong); and when training, more than 5 %
+    aux rows.
 
 When not to use it
     When the entropy does not fall. When samples are cut by ``top_p`` or ``top_k``: that also cuts what a high
@@ -166,7 +167,7 @@ class AEPO(Method):
         return True
 
     def conflicts(self, setup: Setup) -> Iterator[Conflict]:
-        """Refuse a second entropy controller and labels by vote; warn about weights that are not as meant."""
+        """Refuse a second entropy controller; warn about labels by vote and weights that are not as meant."""
         trainer = setup.trainer
         for field in ("entropy_coef", "use_adaptive_entropy"):
             if trainer.get(field):
@@ -177,8 +178,9 @@ class AEPO(Method):
                 )
         if setup.task == "ttrl" or "ttrl" in setup.methods:
             yield Conflict(
-                "AEPO's tempered samples would need the label that TTRL's vote gave to the main group, and a "
-                "vote among themselves is another label: drop either"
+                "AEPO with TTRL trains on the tempered samples that agree with the vote of the main group: "
+                "where that is wrong, on errors; watch ttrl/label_accuracy",
+                fatal=False,
             )
         if self.signal and setup.reward_names is not None and self.signal not in setup.reward_names:
             yield Conflict(

@@ -104,6 +104,9 @@ class Samples:
         completions: Texts, or lists of messages.
         truncated: Per row, whether it was cut at the length limit.
         group_size: Completions per prompt; groups are contiguous over the rows of all ranks in rank order.
+        prompts: Per row, what tells its prompt from others.
+        again: Whether these are further samples of prompts that the generation batch already has, see
+            :meth:`Method.plan_extra`.
         mask_truncated: Whether the loss leaves truncated rows out (``mask_truncated_completions``).
         rank: Number of this process.
         ranks: Number of processes.
@@ -115,6 +118,8 @@ class Samples:
     truncated: Sequence[bool]
     group_size: int
     gauges: Gauges
+    prompts: Sequence[str] = ()
+    again: bool = False
     mask_truncated: bool = False
     rank: int = 0
     ranks: int = 1

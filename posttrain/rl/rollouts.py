@@ -84,6 +84,8 @@ class MoreRollouts(GRPOSeams):
     train_dataset: Any
 
     _prompt_order: PromptOrder | None = None
+    #: Whether a second generation for prompts of the batch is under way.
+    _again = False
     #: (groups,) bool of the latest generation batch, refused and not replaced.
     _dead: torch.Tensor | None = None
     #: (rows, functions) rewards of everything that was generated for it.
@@ -132,8 +134,12 @@ class MoreRollouts(GRPOSeams):
         for method, plan in plans:
             steps = 1 if plan.replace else self.args.steps_per_generation
             wanted = self.even_groups(max(1, math.ceil(plan.prompts * len(prompts))), steps)
-            with self.generation_temperature(plan.temperature * self.temperature):
-                generated = self.generate_groups(prompts[:wanted])
+            self._again = True
+            try:
+                with self.generation_temperature(plan.temperature * self.temperature):
+                    generated = self.generate_groups(prompts[:wanted])
+            finally:
+                self._again = False
             batch = self._admit(method, generated, batch, replace=plan.replace)
         return batch
 

@@ -132,7 +132,7 @@ class GRPOSeams(TRLGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._open_batch: dict[str, Any] | None = None
         self._gathered_rewards: torch.Tensor | None = None
-        self._scored: tuple[Any, Any] = ([], [])
+        self._scored: tuple[Any, Any, Any] = ([], [], [])
         self._own_reference = None
         self._old_pass_is_next = self._postponing = False
         self._old_statistics: dict[str, torch.Tensor] = {}
@@ -191,7 +191,7 @@ class GRPOSeams(TRLGRPOTrainer):
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Any:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._scored = (completions, completion_ids_list)
+        self._scored = (completions, completion_ids_list, prompts)
         self._gathered_rewards = self.on_rewards(rewards)
         return self._gathered_rewards
 
@@ -370,11 +370,11 @@ class GRPOSeams(TRLGRPOTrainer):
         rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
         return list(self._tokenizer.batch_decode(rows, skip_special_tokens=True))
 
-    def scored_completions(self) -> tuple[list[Any], list[bool]]:
-        """Return this rank's completions in the reward stage, and which of them were cut at the limit."""
-        completions, ids = self._scored
+    def scored_completions(self) -> tuple[list[Any], list[bool], list[Any]]:
+        """Return this rank's completions in the reward stage, which ones were cut, and their prompts."""
+        completions, ids, prompts = self._scored
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        return list(completions), [not row or row[-1] not in ends for row in ids]
+        return list(completions), [not row or row[-1] not in ends for row in ids], list(prompts)
 
     def advantages_of(self, rewards: torch.Tensor, group_size: int) -> torch.Tensor:
         """Return the advantages of a gathered (rows, functions) matrix under this run's settings."""

@@ -120,10 +120,12 @@ class GRPOTrainer(ExactResume, FiniteGuard, MoreRollouts):
         return rewards
 
     def _labelled(self, rewards: torch.Tensor) -> torch.Tensor:
-        completions, truncated = self.scored_completions()
+        completions, truncated, prompts = self.scored_completions()
         samples = Samples(
             completions=completions,
             truncated=truncated,
+            prompts=[repr(prompt) for prompt in prompts],
+            again=self._again,
             group_size=self.group_size,
             mask_truncated=self.mask_truncated_completions,
             rank=self.accelerator.process_index,

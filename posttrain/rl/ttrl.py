@@ -46,7 +46,8 @@ Metrics
 
 Composes with
     Every advantage and token method; SPINE is made for it. ACE then also amplifies right answers that were
-    outvoted (a warning). Refused: more than one reward function.
+    outvoted, and AEPO's tempered samples, which are judged by the vote of the main group of their prompt,
+    inherit its errors (warnings). Refused: more than one reward function.
 
 When not to use it
     When labels or a verifier exist, or when the majority is mostly wrong: a rising ``pseudo_reward`` is no
@@ -65,7 +66,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -239,6 +240,7 @@ class TTRL(Method):
     workers: int = Field(1, ge=1, le=64, description="Grader processes per rank.")
 
     _pool: VerifierPool | None = PrivateAttr(default=None)
+    _labels: dict[str, str | None] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _samples_are_votes(self) -> TTRL:
@@ -308,13 +310,23 @@ class TTRL(Method):
                 f"{samples.group_size} and {rewards.size(1)} functions"
             )
         exclude = samples.mask_truncated if self.exclude_truncated is None else self.exclude_truncated
+        asked = samples.prompts or [""] * len(samples.completions)
         here = [
-            (read_answer(completion_text(text), self.extract), exclude and cut)
-            for text, cut in zip(samples.completions, samples.truncated, strict=True)
+            (read_answer(completion_text(text), self.extract), exclude and cut, prompt)
+            for text, cut, prompt in zip(samples.completions, samples.truncated, asked, strict=True)
         ]
-        rows = samples.gather(here)
+        gathered = samples.gather(here)
+        rows = [(answer, quiet) for answer, quiet, _ in gathered]
         groups = [rows[start : start + self.n_votes] for start in range(0, len(rows), self.n_votes)]
+        prompts = [prompt for _, _, prompt in gathered[:: self.n_votes]]
         votes = [self._vote(group) for group in groups]
+        if samples.again:
+            # further samples of a prompt are judged by the vote of its own group, not by one of theirs
+            votes = [
+                replace(vote, label=self._labels[prompt]) for vote, prompt in zip(votes, prompts, strict=True)
+            ]
+        else:
+            self._labels.update({p: vote.label for p, vote in zip(prompts, votes, strict=True)})
         equal = self._grade(groups, votes, samples)
         values = [
             pseudo_rewards([answer for answer, _ in group], vote.label, known)
@@ -331,6 +343,10 @@ class TTRL(Method):
         kept = torch.zeros(rewards.shape[:2], dtype=torch.bool, device=rewards.device)
         kept[:, : self.n_samples] = True
         return kept
+
+    def optimizer_step(self) -> None:
+        """Forget the labels: every generation batch votes anew."""
+        self._labels.clear()
 
     def _vote(self, group: Sequence[tuple[str | None, bool]]) -> Vote:
         return majority_vote(

@@ -247,7 +247,7 @@ def test_grader_judges_spellings_and_each_rank_its_share():
             return method._grader().verify(completions, rows)
 
     # rank 1 waits for what rank 0 gathered: run rank 0 first with the other's answers put in
-    answers = [(read_answer(text, "math"), False) for text in texts]
+    answers = [(read_answer(text, "math"), False, "") for text in texts]
     shares = {}
     for rank in (0, 1):
         part = TTRL(n_votes=4, n_samples=4)

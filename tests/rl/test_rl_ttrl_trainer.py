@@ -13,8 +13,9 @@ import torch
 from trl import GRPOTrainer as TRLGRPOTrainer
 from ttrl_ranks import build, rollout, verifier
 
+from posttrain import GRPOTrainer
 from posttrain.config.check import check_config
-from posttrain.rl import ACE, TTRL, Spine
+from posttrain.rl import ACE, AEPO, TTRL, Spine
 from posttrain.rl.formulas import group_advantages
 from posttrain.rl.seams import GRPOSeams
 from posttrain.rl.ttrl import read_answer, unlabelled
@@ -165,6 +166,43 @@ def test_composes_with_ace_and_spine(tmp_path):
     assert any(errors > 0 for _, errors, _ in logs)
 
 
+class Digits(GRPOTrainer):
+    """Five of eight samples say the prompt's digit; among tempered ones two do, and five the next digit."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        hot = self.generation_config.temperature > 1
+        ids = []
+        for i, prompt in enumerate(self._tokenizer.batch_decode(prompt_ids)):
+            digit = int("".join(filter(str.isdigit, prompt))) % 8
+            added = ((0, 1, 1, 2, 1, 1, 0, 1) if hot else (0, 1, 0, 0, 2, 0, 0, 1))[i % 8]
+            ids.append([*self._tokenizer(f"so {digit + added}")["input_ids"], 1])
+        return ids, None
+
+
+@pytest.mark.parametrize("n_samples", [8, 4])
+@pytest.mark.parametrize("mode", ["replace", "alpha"])
+def test_tempered_samples_are_judged_by_the_vote_of_the_main_group(mode, n_samples, tmp_path, caplog):
+    trainer = Digits(
+        model=support.model(),
+        args=support.grpo_config(
+            tmp_path, num_generations=8, per_device_train_batch_size=32, max_completion_length=12, max_steps=2
+        ),
+        reward_funcs=verifier,
+        train_dataset=support.prompts(),
+        processing_class=support.tokenizer(),
+        methods=[vote(n_samples=n_samples), AEPO(mode=mode, aux_prompt_fraction=0.5)],
+    )
+    assert "vote of the main group" in caplog.text
+    batch = trainer._generate_and_score_completions([{"prompt": f"say {i // 8}?"} for i in range(32)])
+    extra = batch["posttrain/extra"]
+    texts = trainer.texts_of({k: batch[k][extra] for k in ("completion_ids", "completion_mask")})
+    learned = [text for text, a in zip(texts, batch["advantages"][extra], strict=True) if a.max() > 0]
+    assert learned == ["so 0", "so 0", "so 1", "so 1"]  # two groups were sampled again
+    assert len(texts) == (4 if mode == "replace" else 16)
+    trainer.train()
+    assert support.logged(trainer, "aepo/positive")[0] == pytest.approx([0.25])
+
+
 def test_uneven_rows_are_refused(tmp_path):
     class Uneven(TTRL):
         def keep_rows(self, rewards):
@@ -231,8 +269,8 @@ def test_advantages_are_trls(scale, aggregation, tmp_path, monkeypatch):
 
 def test_which_completions_were_cut(tmp_path):
     trainer = build(tmp_path, [vote()], verifier)
-    trainer._scored = (["a", "b", "c", ""], [[5, 6, 1], [5, 6, 7], [5, 0], []])
-    assert trainer.scored_completions() == (["a", "b", "c", ""], [False, True, False, True])
+    trainer._scored = (["a", "b", "c", ""], [[5, 6, 1], [5, 6, 7], [5, 0], []], ["?"] * 4)
+    assert trainer.scored_completions() == (["a", "b", "c", ""], [False, True, False, True], ["?"] * 4)
 
 
 # ---- resume -----------------------------------------------------------------------------------------------
