@@ -29,32 +29,32 @@ class Gauges:
 
     def mean(self, name: str, values: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Log the mean of ``values``, over the entries where ``where`` is non-zero if it is given."""
-        values = wide(values.detach())
-        chosen = torch.ones_like(values) if where is None else wide(where.detach()).expand_as(values)
-        kept = torch.where(chosen != 0, values, torch.zeros_like(values))
-        self._sums[f"{self._method}/{name}"] = (kept.sum(), wide(chosen != 0).sum())
+        values = values.detach()
+        if where is None:
+            total, count = values, values.new_tensor(values.numel(), dtype=torch.int64)
+        else:
+            chosen = (where.detach() != 0).expand_as(values)
+            total, count = torch.where(chosen, values, 0), chosen.sum()
+        self._sums[f"{self._method}/{name}"] = (wide(total).sum(), wide(count))
 
     def max(self, name: str, values: torch.Tensor) -> None:
         """Log the largest of ``values``; nothing when no rank has any."""
-        values = wide(values.detach()).flatten()
-        lowest = torch.full((1,), -torch.inf, dtype=values.dtype, device=values.device)
-        self._maxima[f"{self._method}/{name}"] = torch.cat([values, lowest]).max()
+        values = wide(values.detach())
+        found = values.max() if values.numel() else values.new_tensor(-torch.inf)
+        self._maxima[f"{self._method}/{name}"] = found
 
     def flush(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
         """Reduce over ranks and return (means, maxima) by name; names without any entry are left out."""
         mean_names, max_names = sorted(self._sums), sorted(self._maxima)
         if not mean_names and not max_names:
             return {}, {}
-        packed = [torch.stack(self._sums[name]) for name in mean_names]
-        maxima = [self._maxima[name] for name in max_names]
-        local = torch.cat([*packed, torch.stack(maxima)] if maxima else packed).unsqueeze(0)
+        numbers = [number for name in mean_names for number in self._sums[name]]
+        local = torch.stack([*numbers, *(self._maxima[name] for name in max_names)]).unsqueeze(0)
         gathered = accelerator.gather(local).cpu().double()
         self._sums, self._maxima = {}, {}
-        totals = gathered[:, : 2 * len(mean_names)].sum(dim=0).view(-1, 2)
+        totals = gathered[:, : 2 * len(mean_names)].sum(dim=0).view(-1, 2).tolist()
         means = {
-            name: (total / count).item()
-            for name, (total, count) in zip(mean_names, totals, strict=True)
-            if count > 0
+            name: total / count for name, (total, count) in zip(mean_names, totals, strict=True) if count > 0
         }
         peaks = gathered[:, 2 * len(mean_names) :].amax(dim=0).tolist()
         return means, {name: peak for name, peak in zip(max_names, peaks, strict=True) if peak > -torch.inf}
