@@ -20,6 +20,8 @@ Formula
     token that fell below 7.35 % of the proxy is not pulled back. A group whose rewards are all equal has no
     tokens in N_. "lpx > l" has a tolerance of 1e-6 on d, or rounding would open the gate where nothing was
     filtered. Strictly on-policy d = -ln Z, so the push is only 1/Z - 1; off-policy it grows with the drift.
+    With ``epsilon`` below 1 the policy term of gated tokens is moreover not clipped from below (A r instead
+    of A (1 - epsilon)), as in the official code; the recipe's ``epsilon`` of 1 leaves nothing to un-clip.
 
 Choices
     ``filter="fixed"`` keeps p_v >= kappa instead (worse in the paper). ``proxy="live"`` filters the policy
@@ -28,6 +30,8 @@ Choices
     has in expectation; not with ``proxy="old"`` off-policy, where the old distribution is gone, nor with a
     sharded head (ZeRO-3, FSDP). ``gate="paper"`` takes tokens with pi_theta(y) below the rho-quantile of all
     sampled-token probabilities and A < 0 and y kept, without "lpx > l" and without the k > 1 rule.
+    ``rho_pos`` also takes, by the same rule, the lowest tokens with A > 0 (off in the official scripts; that
+    its branch is the twin of the other is all that is known).
     ``scope="generation_batch"`` takes threshold or quantile once per rollout over all ranks, from the
     probabilities under the policy that generated, so that results do not depend on the size of the
     micro-batch (ours, not the official scope).
@@ -53,10 +57,8 @@ When not to use it
     Off-policy other methods were better in the official tables. With kappa 0 it does nothing on-policy.
 
 Official code
-    CarlanLark/Lp-Reg-dev is the default here. Three differences: it filters before dividing by the
-    temperature (the same at 1); with ``epsilon`` below 1 it also un-clips the selected tokens, which we do
-    not, hence the warning; its branch for positive advantages (off in its scripts) and its reference proxy
-    are not offered.
+    CarlanLark/Lp-Reg-dev is the default here. Two differences: it filters before dividing by the temperature
+    (the same at 1), and its reference proxy is not offered.
 
 Evidence at laptop size
     Off-policy, four updates per rollout, in ``configs/evidence/lp_reg.yaml`` (its first lines are the
@@ -88,7 +90,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from posttrain._lazy import torch
 from posttrain.rl.method import Conflict, Method, Need, Rollout, Setup, Tokens
@@ -107,7 +109,8 @@ TOLERANCE = 1e-6
 """Nats by which the proxy has to lie above the policy for the gate to open."""
 
 _LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
-_GAP, _THRESHOLD = "lp_reg/gap", "lp_reg/threshold"
+_GAP, _THRESHOLD, _THRESHOLD_POS = "lp_reg/gap", "lp_reg/threshold", "lp_reg/threshold_pos"
+_GATE = "lp_reg/gate"
 
 
 def proxy_gap(statistics: TokenStatistics) -> torch.Tensor:
@@ -191,12 +194,19 @@ class LpReg(Method):
     scope: Literal["micro_batch", "generation_batch"] = Field(
         "micro_batch", description="Tokens over which the lowest are taken."
     )
+    rho_pos: float = Field(0.0, ge=0, le=1, description="The same share of tokens with A > 0; 0 is none.")
     outside_focus: bool = Field(False, description="Also act where another method's mask stops training.")
+
+    @model_validator(mode="after")
+    def _twin_of_the_code(self) -> LpReg:
+        if self.rho_pos > 0 and self.gate == "paper":
+            raise ValueError("rho_pos belongs to the official code's rule: set gate to code, or rho_pos to 0")
+        return self
 
     @property
     def neutral(self) -> bool:
         """Without weight or without tokens there is no term."""
-        return self.beta == 0 or self.rho == 0
+        return self.beta == 0 or self.rho == self.rho_pos == 0
 
     @property
     def needs_all_rows(self) -> bool:
@@ -245,6 +255,14 @@ class LpReg(Method):
                 field="epsilon",
                 fatal=False,
             )
+            for field, off in (("top_entropy_quantile", 1.0), ("off_policy_mask_threshold", None)):
+                if trainer.get(field, off) != off:
+                    yield Conflict(
+                        "with epsilon below 1 Lp-Reg un-clips the tokens it shields, also those that "
+                        f"{field}={trainer[field]} takes out: set epsilon to 1.0, or {field} to "
+                        f"{'null' if off is None else off}",
+                        field=field,
+                    )
         for field in ("entropy_coef", "use_adaptive_entropy"):
             if trainer.get(field):
                 yield Conflict(
@@ -259,6 +277,10 @@ class LpReg(Method):
         columns = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         return (columns < 0) & ~tied.unsqueeze(1) & mask.bool()
 
+    def positive(self, advantages: torch.Tensor, tied: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the twin of N_ for A > 0, (B, C) bool."""
+        return self.negative(-advantages, tied, mask)
+
     def score_old(self, scored: Scored) -> dict[str, torch.Tensor]:
         """Keep the proxy of the policy that generated, one number per token."""
         return {_GAP: self._gap(scored, scored.mask)} if self.proxy == "old" else {}
@@ -266,24 +288,32 @@ class LpReg(Method):
     def advantages(self, rollout: Rollout) -> torch.Tensor:
         """Fix the threshold of ``scope="generation_batch"`` over all ranks; advantages stay as they are."""
         if self.scope == "generation_batch":
-            assert rollout.old_logps is not None
-            if self.gate == "paper":
-                among = rollout.mask.bool()
-            else:
-                among = self.negative(rollout.advantages, rollout.tied, rollout.mask)
-            everywhere = rollout.gather(rollout.old_logps.float().masked_fill(~among, math.nan))
-            values = everywhere[~everywhere.isnan()]
-            threshold = (
-                log_quantile(values, self.rho) if self.gate == "paper" else kth_smallest(values, self.rho)
-            )
-            rollout.carry[_THRESHOLD] = threshold.expand(rollout.mask.size(0)).contiguous()
+            rows = (rollout.advantages, rollout.tied, rollout.mask)
+            among = rollout.mask.bool() if self.gate == "paper" else self.negative(*rows)
+            rollout.carry[_THRESHOLD] = self._threshold(rollout, among, self.rho)
+            if self.rho_pos > 0:
+                rollout.carry[_THRESHOLD_POS] = self._threshold(rollout, self.positive(*rows), self.rho_pos)
         return rollout.advantages
+
+    def _threshold(self, rollout: Rollout, among: torch.Tensor, rho: float) -> torch.Tensor:
+        """(B,) the threshold over the tokens of all ranks, once per row."""
+        assert rollout.old_logps is not None
+        everywhere = rollout.gather(rollout.old_logps.float().masked_fill(~among, math.nan))
+        values = everywhere[~everywhere.isnan()]
+        threshold = log_quantile(values, rho) if self.gate == "paper" else kth_smallest(values, rho)
+        return threshold.expand(rollout.mask.size(0)).contiguous()
 
     def token_penalty(self, tokens: Tokens) -> torch.Tensor | None:
         """Return beta * gate * KL estimate, (B, C)."""
         live = tokens.logps.detach()
         negative = self.negative(tokens.advantages, tokens.tied, tokens.mask)
         candidates = self._candidates(tokens, live, negative)
+        if self.rho_pos > 0:
+            positive = self.positive(tokens.advantages, tokens.tied, tokens.mask)
+            if self.scope == "generation_batch":
+                candidates = candidates | (positive & (live <= tokens.carry[_THRESHOLD_POS].unsqueeze(1)))
+            else:
+                candidates = candidates | lowest(live, positive, self.rho_pos)
         if _GAP in tokens.carry:
             gap = tokens.carry[_GAP].masked_fill(~candidates, -math.inf)
         else:
@@ -293,6 +323,7 @@ class LpReg(Method):
         gate = candidates & (gap > -math.inf if self.gate == "paper" else proxy - live > TOLERANCE)
         if tokens.focus is not None and not self.outside_focus:
             gate = gate & tokens.focus
+        tokens.carry[_GATE] = gate
         log_ratio = torch.where(gate, proxy - tokens.logps, 0.0)
         self._log(tokens, negative, candidates, gate, log_ratio)
         if self.kl == "forward":
@@ -300,6 +331,10 @@ class LpReg(Method):
             divergence = tokens.head.forward_kl(gate, **self._filter())
             return self.beta * torch.zeros_like(tokens.logps).masked_scatter(gate, divergence)
         return self.beta * k3(log_ratio)
+
+    def unclipped(self, tokens: Tokens) -> torch.Tensor | None:
+        """Return the gated tokens: while the term holds them up, the clip must not stop the policy term."""
+        return tokens.carry[_GATE]
 
     def _candidates(self, tokens: Tokens, live: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         if self.scope == "generation_batch":

@@ -18,7 +18,8 @@ extra rows     once per generation batch    :meth:`Method.plan_extra`, then :met
 live rows      every micro-step             :meth:`Method.live_rows`
 token mask     every micro-step             :meth:`Method.token_mask`
 token weight   every micro-step             :meth:`Method.token_weights`, :meth:`Method.kl_weights`
-token penalty  every micro-step             :meth:`Method.token_penalty`, :meth:`Method.mean_penalty`
+token penalty  every micro-step             :meth:`Method.token_penalty`, :meth:`Method.unclipped`,
+                                            :meth:`Method.mean_penalty`
 optimiser      once per optimiser step      :meth:`Method.optimizer_step`
 =============  ===========================  ====================================================
 
@@ -472,6 +473,15 @@ class Method(BaseModel):
 
     def token_penalty(self, tokens: Tokens) -> torch.Tensor | None:
         """Return a (B, C) term to add to the per-token loss, or None. It gets the base loss's divisor."""
+        del tokens
+        return None
+
+    def unclipped(self, tokens: Tokens) -> torch.Tensor | None:
+        """Return (B, C) bool, tokens whose policy term is A r also below 1 - epsilon, or None.
+
+        Asked after :meth:`token_penalty`. It changes something where the advantage is negative: there the
+        clip stops the gradient. For ``loss_type`` grpo, bnpo, dr_grpo and dapo.
+        """
         del tokens
         return None
 

@@ -17,6 +17,7 @@ fused LM head                           what the backbone returns goes through t
 ``_compute_loss``                       reads ``inputs["advantages"]`` after that call; (B, C) is allowed
 ``_compute_loss``                       reads ``inputs["ref_per_token_logps"]`` after that call
 KL term                                 :meth:`GRPOSeams.kl_term` reproduces it
+clipped policy term                     :meth:`GRPOSeams.unclip_term` is what its lower clip takes away
 backbone                                its last output columns are the completion tokens
 advantages                              :func:`posttrain.rl.formulas.group_advantages` reproduces them
 divisors                                :func:`posttrain.rl.formulas.aggregate` reproduces each
@@ -294,7 +295,9 @@ class GRPOSeams(TRLGRPOTrainer):
         with watch_head(policy, input_ids, mask, columns, receive, temperature=self.temperature):
             yield
         if in_loss:
-            (self.live_head,) = seen
+            # none where something stands in for the forward: who cannot do without says so
+            assert len(seen) <= 1
+            self.live_head = seen[0] if seen else None
         else:
             self._old_statistics = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
@@ -358,6 +361,18 @@ class GRPOSeams(TRLGRPOTrainer):
                 log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / tokens
             estimate = estimate * log_ratio.exp()
         return self.beta * estimate
+
+    def unclip_term(self, batch: dict[str, Any], logps: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """(B, C), what turns TRL's clipped policy term into -A r at the tokens ``where``, (B, C) bool.
+
+        For negative advantages below ``1 - epsilon``; elsewhere it is 0. With gradient through ``logps``.
+        """
+        advantages = batch["advantages"]
+        columns = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        ratio = (logps - batch.get("old_per_token_logps", logps.detach())).exp()
+        cut = where & (columns < 0)
+        term = torch.where(cut, -columns * (ratio - (1 - self.epsilon_low)).clamp(max=0), 0.0)
+        return term * batch["importance_sampling_ratio"] if "importance_sampling_ratio" in batch else term
 
     @property
     def accumulation(self) -> float:

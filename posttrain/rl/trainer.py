@@ -315,6 +315,9 @@ class GRPOTrainer(ExactResume, FiniteGuard, MoreRollouts):
                     rows = torch.where(batch[f"{_CARRY}extra"], 0.0, batch[f"{_CARRY}weight"])
                     penalty = penalty * rows.unsqueeze(1)
                 loss = loss + self.aggregate(penalty, batch)
+            unclipped = method.unclipped(self._tokens) if self.epsilon_low < 1 else None
+            if unclipped is not None:
+                loss = loss + self.aggregate(self.unclip_term(batch, self._tokens.logps, unclipped), batch)
             mean = method.mean_penalty(self._tokens)
             if mean is not None:
                 loss = loss + mean / self.accumulation

@@ -185,6 +185,17 @@ def test_only_negative_valid_untied_tokens_get_the_term():
     assert term.tolist() == [near([2 * TERM] * 2 + [0]), *[[0.0] * 3] * 3]
 
 
+def test_the_positive_branch_is_the_twin_of_the_other():
+    logps, gap = [[-3.0, -4.0, -5.0], [-6.0, -7.0, -8.0]], torch.full((2, 3), OPEN)
+    term = LpReg(rho=1.0, rho_pos=0.67).token_penalty(tokens(logps, gap, [-1.0, 1.0]))
+    assert term.tolist() == [near([TERM] * 3), near([0, TERM, TERM])]
+    twin = LpReg(rho=0.67, rho_pos=1.0).token_penalty(tokens(logps, gap, [1.0, -1.0]))
+    assert torch.equal(twin, term)
+    alone = LpReg(rho=0.0, rho_pos=0.34)
+    assert not alone.neutral
+    assert not alone.token_penalty(tokens(logps, gap, [-1.0, 1.0])).any()  # k = 1
+
+
 def test_advantages_per_token():
     advantages = [[-1.0, 1.0, -1.0, -1.0]]
     term = LpReg(rho=1.0).token_penalty(tokens([[-1.0] * 4], [[OPEN] * 4], advantages))
@@ -459,7 +470,7 @@ def reference_term(live_all, old_all, batch, *, rho, kappa, kl="k3"):
     return torch.where(gate, torch.where(gate, term, 0.0).clamp(max=10), 0.0), gate, chosen
 
 
-def integration_example(tmp_path, monkeypatch, methods):
+def integration_example(tmp_path, monkeypatch, methods, **settings):
     """Return the loss and its gradients by log-probability and by entropy."""
     old = torch.tensor([[-0.1, -0.7, -1.2], [-0.2, -3.0, -2.5]], dtype=torch.float64)
     live = torch.tensor([[-0.08, -0.6, -1.2], [-0.25, -3.4, -2.5]], dtype=torch.float64, requires_grad=True)
@@ -486,8 +497,7 @@ def integration_example(tmp_path, monkeypatch, methods):
         "posttrain/carry/lp_reg/gap": proxy - old,
     }
     # off-policy, as the example is
-    trainer = build(tmp_path, methods, loss_type="dapo", num_iterations=2)
-    trainer.wants_head = False  # no model runs here
+    trainer = build(tmp_path, methods, loss_type="dapo", num_iterations=2, **settings)
     loss = trainer.compute_loss(trainer.model, batch)
     return loss.item(), *torch.autograd.grad(loss, [live, entropies], allow_unused=True)
 
@@ -504,6 +514,27 @@ def test_integration_example(tmp_path, monkeypatch):
     expected = torch.zeros(2, 3, dtype=torch.float64)
     expected[1, 1] = (1 - math.exp(0.5)) / 6
     assert torch.allclose(with_term - without, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("methods", [[], [ACE(), Spine(fork_ratio=0.5)]], ids=["alone", "composed"])
+def test_the_clip_does_not_stop_a_gated_token(methods, tmp_path, monkeypatch):
+    """r is below 1 - epsilon at the gated token alone: the usual clip range gives what the wide one gives."""
+    both = [
+        integration_example(tmp_path, monkeypatch, [*methods, LpReg(rho=rho)], **clip)
+        for rho in (0.67, 0.0)
+        for clip in ({}, {"epsilon": 0.2, "epsilon_high": 0.28})
+    ]
+    (wide, wide_slope, _), (tight, tight_slope, _), (without, *_), (clipped, clipped_slope, _) = both
+    assert tight == near(wide, 1e-12)
+    assert torch.allclose(tight_slope, wide_slope, atol=1e-12)
+    assert clipped > without  # (0.8 - 0.67) / 6 for each unit of weight
+    assert clipped_slope[1, 1].abs() < 1e-6 < tight_slope[1, 1].abs()
+
+
+def test_unclipping_what_trl_takes_out_is_refused():
+    for field, value in (("top_entropy_quantile", 0.2), ("off_policy_mask_threshold", 0.5)):
+        assert (field, True) in found(epsilon=0.2, **{field: value})
+        assert found(epsilon=1.0, **{field: value}) == []
 
 
 @pytest.mark.parametrize("turn", range(3))
