@@ -246,7 +246,7 @@ def main() -> None:
     )
     options_.add_argument("--parameters", type=json.loads, default={}, help="JSON: parameters by method")
     options_.add_argument(
-        "--size", action="append", choices=sorted(SIZES), help="model, repeatable (tiny, wide)"
+        "--size", action="append", choices=sorted(SIZES), help="model, repeatable (char, wide)"
     )
     options_.add_argument("--adapter", action="append", choices=["full", "lora"], help="repeatable (full)")
     options_.add_argument(
@@ -275,7 +275,7 @@ def main() -> None:
         return
     arms = [*BASELINES, "off", *(options.method or ["ace+spine+lp_reg"])]
     cases = itertools.product(
-        options.size or ["tiny", "wide"],
+        options.size or ["char", "wide"],
         options.adapter or ["full"],
         options.schedule or ["on_policy"],
         options.dtype or ["float32"],

@@ -32,6 +32,14 @@ QWEN_VOCABULARY = 151_936
 #: Models by name; their weights are random.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2},
+    # the shape of the embedded model of the quickstart
+    "char": {
+        "vocab_size": 100,
+        "hidden_size": 128,
+        "intermediate_size": 448,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+    },
     # the vocabulary of Qwen on a small body: the LM head is nearly the whole step
     "wide": {
         "vocab_size": QWEN_VOCABULARY,
