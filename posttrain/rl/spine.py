@@ -126,8 +126,8 @@ def otsu_forks(
     spread = (high > low).squeeze(1)
     # rows that fall back get a harmless histogram
     low = torch.where(spread.unsqueeze(1), low, torch.zeros_like(low))
-    width = torch.where(spread.unsqueeze(1), high - low, torch.ones_like(low)) / bins
-    edges = low + torch.arange(1, bins, device=values.device, dtype=values.dtype) * width
+    span = torch.where(spread.unsqueeze(1), high - low, torch.ones_like(low))
+    edges = low + torch.arange(1, bins, device=values.device, dtype=values.dtype) * (span / bins)
     index = torch.searchsorted(edges, values.contiguous(), right=True)
     counts = torch.zeros(values.size(0), bins, dtype=values.dtype, device=values.device)
     counts.scatter_add_(1, index, valid.to(values.dtype))
@@ -140,9 +140,9 @@ def otsu_forks(
     tied = score >= score.amax(dim=1, keepdim=True) * (1 - 1e-12)
     split = tied.to(torch.int8).argmax(dim=1, keepdim=True)
     if rule == "upper_edge":
-        chosen = values > low + (split + 1) * width
+        chosen = values > low + (split + 1) * span / bins
     else:
-        chosen = values >= low + (split + 0.5) * width
+        chosen = values >= low + (split + 0.5) * span / bins
     chosen &= valid & spread.unsqueeze(1)
     fallback = quantile_forks(entropies, mask, fallback_ratio)
     return torch.where(chosen.any(dim=1, keepdim=True), chosen, fallback)

@@ -4,6 +4,7 @@ import math
 import statistics
 
 import numpy
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -390,3 +391,19 @@ def test_aepo_is_a_warning_while_the_upper_hinge_is_on():
     assert not conflict.fatal
     assert conflict.field == "band_weight_high"
     assert not list(Spine(band_weight_high=0).conflicts(Setup(trainer={}, methods=("spine", "aepo"))))
+
+
+@pytest.mark.parametrize("values", [[0.9, 0.2, 1.6], [0.2, 2.2, 0.9, 2.3, 2.7]])
+def test_values_on_an_edge_are_compared_as_the_formula_is_written(values):
+    """Rounding decides there: bins are numpy's, the edge is min + (k + 1)(max - min) / bins."""
+    values = np.asarray(values)
+    counts, _ = np.histogram(values, bins=100)
+    levels, scores = np.arange(100), []
+    for k in range(99):
+        parts = [(counts[part], levels[part]) for part in (slice(0, k + 1), slice(k + 1, None))]
+        (n0, m0), (n1, m1) = ((c.sum(), (c * x).sum() / max(c.sum(), 1)) for c, x in parts)
+        scores.append(n0 * n1 * (m0 - m1) ** 2)
+    k = next(k for k, score in enumerate(scores) if score >= max(scores) * (1 - 1e-12))
+    above = values > values.min() + (k + 1) * (values.max() - values.min()) / 100
+    forks = otsu_forks(torch.tensor(values)[None], torch.ones(1, len(values)))
+    assert forks[0].tolist() == above.tolist()
