@@ -50,6 +50,26 @@ Official code
     BytedTsinghua-SIA/DAPO (verl) generates the next batch of the data loader, keeps the useful groups of both
     and cuts what is too many. Here only what is missing is generated, from an order of its own, so that the
     length of an epoch does not depend on rewards.
+
+Evidence at laptop size
+    ``python scripts/bench/bench_waste.py trainer.seed=42``: 60 steps of
+    ``configs/evidence/dynamic_sampling.yaml``, where 57 % of plain GRPO's groups are dead. Cost of plain
+    ``trl.GRPOTrainer`` over cost of the arm, above 1 the arm is cheaper; geometric means over five seeds (0
+    to 4) with 95 % t intervals::
+
+        processor time               per step             until half of GRPO's gain in reward
+        skip_zero_advantage alone    1.72 [1.66, 1.78]    1.79 [1.69, 1.89]
+        both, as many rows           0.77 [0.76, 0.79]    0.84 [0.79, 0.90]
+        both, half the rows          1.47 [1.43, 1.52]    2.15 [0.91, 5.09]
+
+        tokens generated             per step             until half of GRPO's gain in reward
+        both, as many rows           0.48 [0.47, 0.49]    0.52 [0.49, 0.55]
+        both, half the rows          0.97 [0.96, 0.98]    1.42 [0.58, 3.46]
+
+    So here a refill does not pay: filling every place costs twice the tokens and gives back the training
+    time that skipping saves, and reward at equal processor time does not differ (+0.004 [-0.009, 0.017]).
+    With half the rows a step is cheaper, but how much sooner a reward is reached is within the noise. What
+    pays is skipping. GRPO gains a few points of reward in these steps, so single seeds scatter widely.
 """
 
 from __future__ import annotations
