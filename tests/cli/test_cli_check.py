@@ -166,7 +166,7 @@ def test_the_parameter_table():
         "range": "at least 0",
         "description": "Strength; 0 switches the method off.",
     }
-    assert table["activation"]["type"] == "softplus | relu"
+    assert table["activation"]["type"] == "softplus | relu | constant"
     assert (table["c_clip"]["type"], table["c_clip"]["range"]) == ("number | null", "above 0")
 
 

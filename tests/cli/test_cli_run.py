@@ -148,7 +148,7 @@ def test_resume_and_overwrite_together(config):
         (["export", "./nowhere", "--to", "x"], "no such folder"),
         (
             ["export", "nowhere", "--format", "gguf"],
-            "--format is one of auto, adapter, merged, full, found 'gguf'",
+            "--format is one of auto, adapter, merged, full, delta, found 'gguf'",
         ),
         (["report", "nowhere"], "no run directory at nowhere"),
         (["report", "."], "is not a run directory: it holds none of"),

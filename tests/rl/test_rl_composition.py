@@ -88,7 +88,7 @@ def verdict(tmp_path, methods, settings, rewards=("graded",)):
             "",
         ),
         ([AEPO(), ACE(), LpReg()], LP, FINE, ""),
-        ([AEPO(), vote()], VOTES, REFUSE, "label"),
+        ([AEPO(), vote()], VOTES, WARN, "ttrl/label_accuracy"),
         ([DynamicSampling(), ACE(), LpReg()], LP, FINE, ""),
         ([DynamicSampling(), vote(), Spine()], VOTES, FINE, ""),
         ([DynamicSampling(), SkipZeroAdvantage()], {}, FINE, ""),
