@@ -351,17 +351,16 @@ def methods(
     table of its parameters.
     """
     from posttrain.config import method_pages
-    from posttrain.rl import registry
 
     if name is None:
-        known = registry.available()
+        known = method_pages.available()
         if as_json:
             print_json([method_pages.as_json(cls) for cls in known.values()])
         else:
             method_pages.print_list(known.values(), stdout())
         return
     try:
-        cls = registry.resolve(name)
+        cls = method_pages.resolve(name)
     except (KeyError, TypeError) as error:
         request_error(f"{error.args[0]} ('posttrain methods' lists them)")
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from posttrain.rl import registry
+from posttrain.config import method_pages
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 START, END = "<!-- methods: written by scripts/update_readme.py -->", "<!-- end of methods -->"
@@ -12,11 +12,11 @@ START, END = "<!-- methods: written by scripts/update_readme.py -->", "<!-- end 
 
 def methods_table() -> str:
     """Return the table of all built-in methods as Markdown."""
-    rows = ["| config key | method | paper |", "|---|---|---|"]
-    for name, cls in registry.available().items():
+    rows = ["| config key | task | method | paper |", "|---|---|---|---|"]
+    for name, cls in method_pages.available().items():
         papers = cls.paper if isinstance(cls.paper, tuple) else (cls.paper,)
         links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers if paper) or "-"
-        rows.append(f"| `{name}` | {cls.title} | {links} |")
+        rows.append(f"| `{name}` | {method_pages.task_of(cls)} | {cls.title} | {links} |")
     return "\n".join(rows)
 
 

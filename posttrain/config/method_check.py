@@ -102,7 +102,9 @@ def _conflicts(
     rewards: Sequence[RewardConfig],
 ) -> Iterator[Problem]:
     from posttrain.rewards.reward import reward_names
-    from posttrain.rl.method import Method, Setup
+    from posttrain.rl import method as rl
+    from posttrain.rl.method import Setup
+    from posttrain.sft import method as sft
 
     setup = Setup(
         trainer=trainer,
@@ -114,11 +116,13 @@ def _conflicts(
         reward_weights=tuple(reward.weight for reward in rewards) if rewards else None,
         ranks=processes(),
         needs_all_rows=tuple(
-            name for name, m in built.items() if isinstance(m, Method) and m.needs_all_rows and not m.neutral
+            name
+            for name, m in built.items()
+            if isinstance(m, rl.Method) and m.needs_all_rows and not m.neutral
         ),
     )
     for name, method in built.items():
-        if not isinstance(method, Method):
+        if not isinstance(method, (rl.Method, sft.Method)):
             continue
         for conflict in method.conflicts(setup):
             path: KeyPath = ("methods", name)

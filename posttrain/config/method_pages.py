@@ -12,9 +12,30 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from posttrain import find_methods
 from posttrain.config.describe import field_range, field_type
 from posttrain.config.problems import show
-from posttrain.rl.method import Method
+from posttrain.rl import method as rl
+from posttrain.rl import registry as rl_registry
+from posttrain.sft import method as sft
+from posttrain.sft import registry as sft_registry
+
+Method = rl.Method | sft.Method
+
+
+def available() -> dict[str, type[Method]]:
+    """Return the built-in methods of all tasks, by name."""
+    return {**rl_registry.available(), **sft_registry.available()}
+
+
+def resolve(name: str) -> type[Method]:
+    """Return a method's class, see :func:`posttrain.find_methods.resolve`."""
+    return find_methods.resolve(name, available(), (rl.Method, sft.Method))
+
+
+def task_of(cls: type[Method]) -> str:
+    """Return the first task the method is for."""
+    return "sft" if issubclass(cls, sft.Method) else "rlvr"
 
 
 def page(cls: type[Method]) -> str:
@@ -42,6 +63,7 @@ def as_json(cls: type[Method]) -> dict[str, Any]:
     """Return a method for machines, with the JSON schema of its parameters."""
     return {
         "name": cls.name,
+        "task": task_of(cls),
         "title": cls.title,
         "paper": cls.paper,
         "class": f"{cls.__module__}:{cls.__name__}",
@@ -53,11 +75,12 @@ def as_json(cls: type[Method]) -> dict[str, Any]:
 
 def print_list(classes: Iterable[type[Method]], console: Console) -> None:
     """Print one row per method."""
-    table = _table("name", "title", "paper", "parameters")
+    table = _table("name", "task", "title", "paper", "parameters")
     for cls in classes:
         shown = [_with_default(name, info) for name, info in cls.model_fields.items()]
         table.add_row(
             Text(cls.name),
+            Text(task_of(cls)),
             Text(cls.title),
             Text(f"arXiv {cls.paper}" if cls.paper else ""),
             Text(", ".join(shown)),

@@ -30,7 +30,7 @@ class TaskSpec:
 
 
 TASKS: dict[Task, TaskSpec] = {
-    "sft": TaskSpec("SFTConfig", "sft_config"),
+    "sft": TaskSpec("SFTConfig", "sft_config", methods="posttrain.sft.registry"),
     "rlvr": TaskSpec(
         "GRPOConfig", "grpo_config", methods="posttrain.rl.registry", generates=True, warm_start=True
     ),

@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from posttrain.config import method_pages
 from posttrain.models.load import BUNDLED_BASE
-from posttrain.rl import registry
 from posttrain.run.directory import RunDirectory
 from posttrain.run.manifest import redact
 
@@ -183,7 +183,7 @@ def _summary(card: CardData, result: ExportResult) -> str:
 def _methods(methods: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     for name, params in methods.items():
-        method = registry.resolve(name)
+        method = method_pages.resolve(name)
         paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
         settings = ", ".join(f"{key}={value!r}" for key, value in (params or {}).items())
         lines.append(f"- **{method.title}**{paper}: `{name}({settings})`")

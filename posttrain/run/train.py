@@ -277,7 +277,9 @@ class _Run:
             return grpo_trainer(
                 self.config, self.run, self.args, model, self.tokenizer, rows, rewards, **options
             )
-        return sft_trainer(self.run, self.args, model, self.tokenizer, rows, **options)
+        return sft_trainer(
+            self.run, self.args, model, self.tokenizer, rows, methods=self.config.methods, **options
+        )
 
     def _watchers(self, rows: Dataset | None, rewards: Sequence[Reward]) -> list[TrainerCallback]:
         """Return what evaluates on the held-out rows during training, if the configuration asks for it."""

@@ -19,6 +19,7 @@ from posttrain.rl.ttrl import unlabelled
 from posttrain.run.alarms import Alarms
 from posttrain.run.callbacks import ConsoleProgress, FiniteWeights, RunRecorder
 from posttrain.run.directory import RunDirectory, RunError
+from posttrain.sft import registry as sft_registry
 from posttrain.sft.trainer import SFTTrainer
 
 
@@ -53,6 +54,7 @@ def sft_trainer(
     held_out: Dataset | None = None,
     peft_config: Any = None,
     watchers: Sequence[TrainerCallback] = (),
+    methods: Mapping[str, Mapping[str, Any]] | None = None,
     title: str = "sft",
 ) -> SFTTrainer:
     """Build the supervised trainer of a run or its warm start; ``watchers`` come before what reads logs."""
@@ -64,6 +66,7 @@ def sft_trainer(
         processing_class=tokenizer,
         peft_config=peft_config,
         callbacks=[*watchers, RunRecorder(run), FiniteWeights()],
+        methods=sft_registry.build(methods or {}),
     )
     return _watched(trainer, run, title)
 

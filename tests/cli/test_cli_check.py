@@ -134,7 +134,7 @@ def test_wrong_requests_end_with_2_and_the_fix(run, arguments, text):
 
 
 def test_methods_lists_every_method(run):
-    from posttrain.rl.registry import available
+    from posttrain.config.method_pages import available
 
     result = run("methods")
     assert result.exit_code == 0

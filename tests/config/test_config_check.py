@@ -264,9 +264,9 @@ def test_a_method_listed_twice_is_refused(problems):
     assert "listed twice" in problems("methods=[ace, ace]")["methods.ace"].message
 
 
-def test_sft_takes_no_methods_no_warm_start_and_rewards_only_for_evaluation(problems):
+def test_sft_takes_its_own_methods_no_warm_start_and_rewards_only_for_evaluation(problems):
     found = problems("task=sft", "warm_start={}")
-    assert set(found) == {"methods", "warm_start", "rewards", "trainer.num_generations"}
+    assert set(found) == {"methods.ace", "warm_start", "rewards", "trainer.num_generations"}
     text = PLAIN.replace("num_generations", "max_length")
     assert problems("task=sft", "methods=[]", "evaluate={}", text=text) == {}
 

@@ -1,0 +1,106 @@
+"""The method protocol of supervised fine-tuning.
+
+A method is a pure function and a small class that wires it to the micro-step. The class is a pydantic model:
+its fields are the configuration, and they can be read without importing torch. Two hooks, both around what
+TRL does by itself:
+
+==============  =======================================  =============================================
+hook            when                                     what it is for
+==============  =======================================  =============================================
+around          around TRL's forward and backward        watching or changing the forward
+after_backward  when TRL's gradient is in ``.grad``      adding the gradient of another loss
+==============  =======================================  =============================================
+
+To add a method, write one file in ``posttrain/sft/`` with one subclass of :class:`Method`; it is found by its
+``name``. What a method refuses it says in :meth:`Method.conflicts`, in the words of
+:class:`posttrain.rl.method.Conflict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from posttrain.rl.method import Conflict, Setup
+
+if TYPE_CHECKING:
+    import torch
+
+    from posttrain.rl.gauges import Gauges
+
+
+@dataclass
+class MicroStep:
+    """One micro-batch of this rank. B rows, T tokens.
+
+    Attributes:
+        model: The policy without wrappers of a launcher; with its adapter, if one is trained.
+        decoder: The layers below its LM head, which return hidden states.
+        inputs: The micro-batch on the device: ``input_ids`` (B, T), ``labels`` (B, T) with -100 where nothing
+            trains, and what else the model takes.
+        parameters: The tensors that train.
+        share: 1 / micro-batches of this optimiser step.
+        autocast: Makes the context of the trainer's mixed precision.
+        another: Returns another micro-batch of the training data, shuffled on its own, with as many rows.
+        backward: Adds the gradient of a loss, mean over ranks, to that of the trainer; None is a loss of 0.
+            Collective: every rank calls it as often.
+        gauges: Where a method logs numbers.
+    """
+
+    model: torch.nn.Module
+    decoder: torch.nn.Module
+    inputs: dict[str, Any]
+    parameters: Sequence[torch.nn.Parameter]
+    share: float
+    autocast: Callable[[], AbstractContextManager[Any]]
+    another: Callable[[], dict[str, Any]]
+    backward: Callable[[torch.Tensor | None], None]
+    gauges: Gauges
+
+
+class Method(BaseModel):
+    """Base class of every method.
+
+    Subclasses set ``name``, ``title`` and ``paper``, declare their parameters as pydantic fields, and
+    override the hooks. The docstring of their module is their documentation page.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str | None] = None
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the parameters make the method do nothing; it is then skipped, bit for bit."""
+        return False
+
+    @property
+    def wants_another(self) -> bool:
+        """Whether the method draws micro-batches of its own (:attr:`MicroStep.another`)."""
+        return False
+
+    def conflicts(self, setup: Setup) -> Iterator[Conflict]:
+        """Yield what in ``setup`` does not go with this method. Called before anything is loaded."""
+        del setup
+        return iter(())
+
+    def around(self, step: MicroStep) -> AbstractContextManager[Any]:
+        """Return a context for TRL's forward and backward of this micro-batch."""
+        del step
+        return nullcontext()
+
+    def after_backward(self, step: MicroStep, seen: Any) -> torch.Tensor | None:
+        """Return a 0-dim loss whose gradient was added with :attr:`MicroStep.backward`, for the log, or None.
+
+        Args:
+            step: The micro-step.
+            seen: What the context of :meth:`around` gave.
+        """
+        del step, seen
+        return None
