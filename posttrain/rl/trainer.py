@@ -15,7 +15,7 @@ import inspect
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -23,7 +23,6 @@ from peft import PeftConfig, PeftModel
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
-from posttrain.checkpointing.resume import ExactResume
 from posttrain.guards import FiniteGuard
 from posttrain.kernels.head import Scored
 from posttrain.rl.formulas import group_advantages
@@ -41,16 +40,22 @@ from posttrain.rl.method import (
 from posttrain.rl.rollouts import MoreRollouts
 from posttrain.rl.rows import CARRY as _CARRY
 from posttrain.rl.seams import reward_name
+from posttrain.selection.trainer import SelectionMixin
+
+if TYPE_CHECKING:
+    from posttrain.selection.plan import SelectionPlan
+    from posttrain.selection.selector import Selector
 
 logger = logging.getLogger(__name__)
 
 
-class GRPOTrainer(ExactResume, FiniteGuard, MoreRollouts):
+class GRPOTrainer(SelectionMixin, FiniteGuard, MoreRollouts):
     """Group-relative policy optimisation with methods that compose.
 
     Args:
         *args: As ``trl.GRPOTrainer``.
         methods: Methods in the order in which they act. Conflicts are refused here, before the model loads.
+        selection: Which weights train: a plan, a selector, or None for what TRL trains.
         **kwargs: As ``trl.GRPOTrainer``.
 
     Raises:
@@ -59,7 +64,13 @@ class GRPOTrainer(ExactResume, FiniteGuard, MoreRollouts):
         FloatingPointError: During training, when a reward, log-probability, loss or gradient is not finite.
     """
 
-    def __init__(self, *args: Any, methods: Sequence[Method] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        methods: Sequence[Method] = (),
+        selection: SelectionPlan | Selector | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.methods: tuple[Method, ...] = tuple(methods)
         self._active = tuple(method for method in self.methods if not getattr(method, "neutral", False))
         given = inspect.signature(TRLGRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
@@ -83,6 +94,7 @@ class GRPOTrainer(ExactResume, FiniteGuard, MoreRollouts):
         self._gauges = Gauges()
         super().__init__(*args, **kwargs)
         self.refuse_late()
+        self.start_selection(selection)
         if self.beta != 0 and not self.wants_reference and not _starts_empty(peft_config):
             logger.warning(
                 "the KL term is measured against a wrong reference: init_lora_weights=%r moves weights into "

@@ -44,23 +44,25 @@ class _InPlace(torch.autograd.Function):
     """Read W; the gradient of the selected scalars goes to ``values``."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        ctx.index, ctx.dtype = index, values.dtype
+    def forward(ctx: Any, weight: torch.Tensor, values: torch.Tensor, packed: Packed) -> torch.Tensor:
+        ctx.packed, ctx.dtype = packed, values.dtype
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor, None]:
-        return None, grads[0].reshape(-1).index_select(0, ctx.index).to(ctx.dtype), None
+        # an optimiser will change the values now, and fused ones do not count it as a new version
+        ctx.packed.stale = True
+        return None, grads[0].reshape(-1).index_select(0, ctx.packed.index).to(ctx.dtype), None
 
 
 class _Composed(torch.autograd.Function):
     """W with ``values`` put in, as a new tensor."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        ctx.index, ctx.dtype = index, values.dtype
+    def forward(ctx: Any, weight: torch.Tensor, values: torch.Tensor, packed: Packed) -> torch.Tensor:
+        ctx.packed, ctx.dtype = packed, values.dtype
         out = weight.detach().clone(memory_format=torch.contiguous_format)
-        out.view(-1)[index] = values.to(out.dtype)
+        out.view(-1)[packed.index] = values.to(out.dtype)
         return out
 
     backward = _InPlace.backward
@@ -76,6 +78,7 @@ class Packed:
         base: (k,) the weights at these positions before training, in the type of the weight.
         composed: Whether W stays the base.
         places: (module, attribute) of the tensor; several where it is tied.
+        stale: Whether W may be behind ``values``.
     """
 
     values: nn.Parameter
@@ -83,6 +86,7 @@ class Packed:
     base: torch.Tensor
     composed: bool = False
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    stale: bool = True
     _written: int = -1
 
     def read(self, weight: nn.Parameter) -> torch.Tensor:
@@ -90,18 +94,18 @@ class Packed:
         if self.index.device != weight.device:
             self.index, self.base = self.index.to(weight.device), self.base.to(weight.device)
         if self.composed:
-            return _Composed.apply(weight, self.values, self.index)
+            return _Composed.apply(weight, self.values, self)
         self.write(weight)
         if not torch.is_grad_enabled() or not self.values.requires_grad:
             return weight
-        return _InPlace.apply(weight, self.values, self.index)
+        return _InPlace.apply(weight, self.values, self)
 
     @torch.no_grad()
     def write(self, weight: nn.Parameter, *, always: bool = False) -> None:
-        """Bring W up to date with ``values``, if they changed since the last time or ``always``."""
-        if always or self._written != self.values._version:
+        """Bring W up to date with ``values``, if they may have changed since the last time or ``always``."""
+        if always or self.stale or self._written != self.values._version:
             weight.detach().view(-1)[self.index] = self.values.to(weight.dtype)
-            self._written = self.values._version
+            self._written, self.stale = self.values._version, False
 
     @property
     def weight(self) -> nn.Parameter:

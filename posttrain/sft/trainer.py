@@ -1,5 +1,4 @@
-"""``posttrain.SFTTrainer``: TRL's trainer with methods, exact resume, and a stop at the first non-finite
-number."""
+"""``posttrain.SFTTrainer``: TRL's trainer with methods, selection, exact resume and a stop at non-finite numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -17,17 +16,22 @@ from peft import PeftModel
 from trl import SFTConfig
 from trl import SFTTrainer as TRLSFTTrainer
 
-from posttrain.checkpointing.resume import ExactResume
 from posttrain.guards import FiniteGuard
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import Setup
+from posttrain.selection.trainer import SelectionMixin
 from posttrain.sft.method import Method, MicroStep
+
+if TYPE_CHECKING:
+    from posttrain.selection.plan import SelectionPlan
+    from posttrain.selection.selector import Selector
 
 logger = logging.getLogger(__name__)
 
 
-class SFTTrainer(ExactResume, FiniteGuard, TRLSFTTrainer):
-    """Supervised fine-tuning; same arguments and same numbers as ``trl.SFTTrainer``, plus ``methods``.
+class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
+    """Supervised fine-tuning; same arguments and same numbers as ``trl.SFTTrainer``, plus ``methods`` and
+    ``selection``.
 
     With ``methods=[]``, or with every method at its neutral setting, nothing is added and the result is
     TRL's, bit for bit.
@@ -35,6 +39,7 @@ class SFTTrainer(ExactResume, FiniteGuard, TRLSFTTrainer):
     Args:
         *args: As ``trl.SFTTrainer``.
         methods: Methods in the order in which they act. Conflicts are refused here, before the model loads.
+        selection: Which weights train: a plan, a selector, or None for what TRL trains.
         **kwargs: As ``trl.SFTTrainer``.
 
     Raises:
@@ -43,7 +48,13 @@ class SFTTrainer(ExactResume, FiniteGuard, TRLSFTTrainer):
         FloatingPointError: During training, when a loss or gradient is not finite.
     """
 
-    def __init__(self, *args: Any, methods: Sequence[Method] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        methods: Sequence[Method] = (),
+        selection: SelectionPlan | Selector | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.methods: tuple[Method, ...] = tuple(methods)
         self._active = tuple(method for method in self.methods if not getattr(method, "neutral", False))
         given = inspect.signature(TRLSFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
@@ -54,6 +65,7 @@ class SFTTrainer(ExactResume, FiniteGuard, TRLSFTTrainer):
         super().__init__(*args, **kwargs)
         if self._active:
             self._refuse_late()
+        self.start_selection(selection)
 
     def _refuse_late(self) -> None:
         """Refuse what is known once the model and the launcher are."""

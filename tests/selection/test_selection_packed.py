@@ -45,6 +45,22 @@ def batch(step):
 NAMES = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_weight_follows_every_optimiser(fused):
+    """A fused step does not count as a new version of the values."""
+    model, _ = packed_model(NAMES[1:2])
+    (packed,) = packed_tensors(model)
+    optimiser = torch.optim.AdamW([packed.values], lr=0.1, fused=fused)
+    for step in range(2):
+        model(**batch(step)).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        with torch.no_grad():
+            weight = model.model.layers[0].mlp.up_proj.weight
+        assert torch.equal(weight.detach().flatten()[packed.index], packed.values)
+        assert packed.changed() == len(packed.values)
+
+
 @pytest.mark.parametrize("composed", [False, True])
 def test_the_same_weights_as_a_masked_dense_model_to_the_bit(composed):
     model, selections = packed_model(NAMES, composed=composed)

@@ -1,0 +1,184 @@
+"""Enforce a plan on a model: which backend, what is trainable, and how to undo it.
+
+=========  ============================================================================================
+backend    what it does
+=========  ============================================================================================
+freeze     whole tensors train or do not; no gradient, state or reduction for the others
+packed     the selected scalars of a tensor are a parameter, written into the weight after each step
+composed   the same, put into the weight out of place at each read; for weights sharded by ZeRO-3 or FSDP2
+masked     dense gradients, :class:`~posttrain.selection.adamw.SelectiveAdamW` moves the selected scalars;
+           for selections that change at every step, or that hold most of a tensor
+=========  ============================================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import nn
+
+from posttrain.selection.packed import SUFFIX, Packed, pack
+from posttrain.selection.plan import PlanError, SelectionPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "freeze", "packed", "composed", "masked"]
+DENSE_FROM = 0.7
+"""Density from which packed values (20 bytes each) take more memory than dense gradients and state."""
+
+
+@dataclass(eq=False)
+class Selection:
+    """A plan that is in force.
+
+    Attributes:
+        model: The model.
+        plan: What may move.
+        backend: Which one enforces it.
+        packed: Packed tensors by the name of the weight (packed, composed).
+        positions: Flat positions by parameter (masked).
+    """
+
+    model: nn.Module
+    plan: SelectionPlan
+    backend: str
+    packed: dict[str, Packed] = field(default_factory=dict)
+    positions: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)
+    _trainable_before: dict[str, bool] = field(default_factory=dict)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what an optimiser has to get."""
+        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def refresh(self) -> None:
+        """Write packed values into the weights now, whatever their version counters say."""
+        for packed in self.packed.values():
+            if not packed.composed:
+                packed.write(packed.weight, always=True)
+
+    def changed(self) -> float | None:
+        """Return the share of packed scalars that differ from the base as the weights' type has them."""
+        total = sum(len(packed.values) for packed in self.packed.values())
+        return sum(packed.changed() for packed in self.packed.values()) / total if total else None
+
+    def remove(self) -> None:
+        """Leave a plain model with the trained weights, trainable as before."""
+        for packed in self.packed.values():
+            packed.remove()
+        self.packed, self.positions = {}, {}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._trainable_before[name])
+
+
+def apply(
+    model: nn.Module,
+    plan: SelectionPlan,
+    backend: Backend = "auto",
+    *,
+    changing: bool = False,
+    sharded: bool = False,
+    deepspeed: bool = False,
+) -> Selection:
+    """Make only what the plan selects trainable; before the optimiser, DDP, FSDP or DeepSpeed see the model.
+
+    Args:
+        model: Unwrapped. Its weights must be those the plan was made for.
+        plan: What may move.
+        backend: ``auto`` chooses, and logs what and why.
+        changing: Whether the selection will change while it trains (ID3, shrinking masks).
+        sharded: Whether weights will be sharded (ZeRO-3, FSDP2).
+        deepspeed: Whether DeepSpeed will own the optimiser.
+
+    Raises:
+        PlanError: The plan is for another model, touches what is frozen, or the backend cannot enforce it.
+    """
+    plan.check(model)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    frozen = [name for name in plan.touched if not before[name]]
+    if frozen:
+        raise PlanError(
+            f"the plan trains {len(frozen)} tensors that are frozen, first {frozen[0]}: with an adapter only "
+            "its own scalars can be selected. Train without it, or make a plan for the model with it."
+        )
+    chosen, reason = _choose(plan, backend, changing=changing, sharded=sharded, deepspeed=deepspeed)
+    logger.info(
+        "selection %s: %d of %d scalars (%.2f %%) train; backend %s, %s",
+        plan.method, plan.count, plan.numel, 100 * plan.density, chosen, reason,
+    )  # fmt: skip
+    selection = Selection(model, plan, chosen, _trainable_before=before)
+    places = _places(model)
+    for name, parameter in list(model.named_parameters()):
+        part = plan.tensors[name]
+        if part.kind == "none" and not (changing and before[name]):
+            parameter.requires_grad_(False)
+        elif part.partial and chosen in ("packed", "composed"):
+            selection.packed[name] = pack(places[parameter], part, composed=chosen == "composed")
+        elif chosen == "masked" and (part.partial or part.kind == "none"):
+            selection.positions[parameter] = (
+                part.flat() if part.partial else torch.empty(0, dtype=torch.int32)
+            )
+    return selection
+
+
+def is_packed_name(name: str) -> bool:
+    """Whether a name of ``state_dict`` or ``named_parameters`` is that of packed values."""
+    return name.endswith(SUFFIX)
+
+
+def _choose(
+    plan: SelectionPlan, backend: str, *, changing: bool, sharded: bool, deepspeed: bool
+) -> tuple[str, str]:
+    """Return the backend and why it is the right one.
+
+    Raises:
+        PlanError: The one that was asked for cannot do it.
+    """
+    if backend not in get_args(Backend):
+        raise PlanError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
+    if changing and deepspeed:
+        raise PlanError(
+            "a selection that changes while it trains needs the gradient between backward and step, and "
+            "DeepSpeed has no such place: use DDP or one process, or a selection that stays"
+        )
+    if sharded and changing:
+        raise PlanError("a selection that changes cannot be enforced on sharded weights: use DDP")
+    needs_scalars = plan.partial or changing
+    impossible = {
+        "freeze": needs_scalars and "the plan moves parts of tensors",
+        "packed": (changing and "the selection changes while it trains")
+        or (sharded and "a write into a gathered weight is lost: use composed"),
+        "composed": changing and "the selection changes while it trains",
+        "masked": (deepspeed and "DeepSpeed brings its own optimiser")
+        or (sharded and "sharded weights have no flat positions: use composed"),
+    }
+    if backend != "auto":
+        if impossible[backend]:
+            raise PlanError(f"backend {backend!r} cannot enforce this: {impossible[backend]}")
+        return backend, "as asked for"
+    if not needs_scalars:
+        return "freeze", "because whole tensors train or do not"
+    if changing:
+        return "masked", "because the selection changes while it trains"
+    if sharded:
+        return "composed", "because weights are sharded"
+    partial = [part for part in plan.tensors.values() if part.partial]
+    density = sum(part.count for part in partial) / sum(part.numel for part in partial)
+    if density > DENSE_FROM and not deepspeed:
+        return "masked", f"because {density:.0%} of the tensors in question train"
+    return "packed", "because single scalars train"
+
+
+def _places(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Return where each parameter lives, in the order in which modules are walked."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((module, name))
+    return places

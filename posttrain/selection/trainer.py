@@ -1,0 +1,217 @@
+"""``selection=`` for trainers: a mixin over any transformers Trainer with exact resume."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+
+from posttrain.checkpointing.resume import CheckpointError, ExactResume
+from posttrain.selection.adamw import SelectiveAdamW
+from posttrain.selection.apply import Backend, Selection, apply, is_packed_name
+from posttrain.selection.packed import SUFFIX, pull_to_base
+from posttrain.selection.plan import PlanError, SelectionPlan
+
+if TYPE_CHECKING:
+    from posttrain.selection.selector import Selector
+
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
+_OTHER_SELECTION = (
+    "the checkpoint was written with another selection of weights than this run has: resume with the same "
+    "selection (its plan file, or the same settings and seed), or start a new run"
+)
+
+
+class SelectionMixin(ExactResume):
+    """Trains what a plan selects.
+
+    With no selection every method is that of the trainer beneath. Weight decay never reaches unselected
+    scalars; by default (``off``) it does not act on packed values either, ``selected`` lets it pull them
+    towards 0 and ``to_base`` towards the weights before training.
+
+    Attributes:
+        selection: The plan in force, or None.
+    """
+
+    selection: Selection | None = None
+    _decay = "off"
+    _age_correction = True
+    _for_checkpoint = False
+
+    def start_selection(
+        self,
+        selection: SelectionPlan | Selector | None,
+        *,
+        backend: Backend = "auto",
+        weight_decay: str = "off",
+        age_correction: bool = True,
+        round: int = 0,
+        batches: Any = None,
+    ) -> None:
+        """Put a selection into force; the model is loaded, and nothing has wrapped it yet.
+
+        Args:
+            selection: A plan, a selector that makes one, or None for none.
+            backend: See :mod:`posttrain.selection.apply`.
+            weight_decay: off, selected or to_base.
+            age_correction: See :mod:`posttrain.selection.adamw`.
+            round: Round for selectors that draw anew in each.
+            batches: Examples for selectors that need them.
+
+        Raises:
+            PlanError: The plan does not fit, differs between ranks, or cannot be enforced here.
+        """
+        if selection is None:
+            return
+        if weight_decay not in ("off", "selected", "to_base"):
+            raise PlanError(f"weight_decay is off, selected or to_base, found {weight_decay!r}")
+        kind = self.accelerator.distributed_type
+        deepspeed = kind == DistributedType.DEEPSPEED
+        sharded = kind == DistributedType.FSDP or (
+            deepspeed and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        )
+        if weight_decay == "to_base" and deepspeed:
+            raise PlanError(
+                "weight_decay to_base acts before the step, which DeepSpeed hides: use selected or off"
+            )
+        model = self.accelerator.unwrap_model(self.model)
+        plan = selection
+        if not isinstance(plan, SelectionPlan):
+            if plan.schedule == "grow":
+                raise PlanError(f"{plan.name} grows at every step, which this trainer does not drive yet")
+            plan = plan.select(model, round=round, batches=batches)
+        self._refuse_difference(plan)
+        self._decay, self._age_correction = weight_decay, age_correction
+        self.selection = apply(model, plan, backend, sharded=sharded, deepspeed=deepspeed)
+        if getattr(self.args, "gradient_checkpointing", False) and hasattr(
+            model, "enable_input_require_grads"
+        ):
+            # a frozen embedding would cut the graph of re-entrant recomputation
+            model.enable_input_require_grads()
+        if self.selection.backend == "masked" and self._optim not in _ADAMW:
+            raise PlanError(
+                f"backend 'masked' is an AdamW, found optim={self._optim}: set optim to adamw_torch, or "
+                "backend to packed"
+            )
+
+    @property
+    def _optim(self) -> str:
+        return str(getattr(self.args.optim, "value", self.args.optim))
+
+    def _refuse_difference(self, plan: SelectionPlan) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        prints = gather_object([plan.fingerprint()])
+        if len(set(prints)) > 1:
+            raise PlanError(
+                f"the ranks hold {len(set(prints))} different plans: give all of them one file, or the same "
+                "seed and the same weights"
+            )
+
+    # ---- optimiser --------------------------------------------------------------------------------------
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Return what decoupled weight decay acts on; packed values only where that is wanted."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        if self._decay == "selected":
+            return names
+        return [name for name in names if not is_packed_name(name)]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimiser; for dense gradients one that moves the selected scalars only."""
+        if self.selection is None or self.selection.backend != "masked" or self.optimizer is not None:
+            return super().create_optimizer(model)
+        target: Any = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(target))
+        trained = [(name, p) for name, p in target.named_parameters() if p.requires_grad]
+        decay = 0.0 if self._decay == "off" else self.args.weight_decay
+        groups = [
+            {"params": [p for name, p in trained if name in decayed], "weight_decay": decay},
+            {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+        ]
+        self.optimizer = SelectiveAdamW(
+            [group for group in groups if group["params"]],
+            self.selection.positions,
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            age_correction=self._age_correction,
+        )
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip by the norm of what can move."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if not isinstance(optimizer, SelectiveAdamW):
+            return super()._clip_grad_norm(model)
+        parts = [
+            gradient if index is None else gradient.reshape(-1).index_select(0, index)
+            for gradient, index in optimizer.gradients()
+        ]
+        norm = torch.nn.utils.get_total_norm(parts)
+        scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+        for gradient, _ in optimizer.gradients():
+            gradient.mul_(scale.to(gradient.device, gradient.dtype))
+        return norm
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-step."""
+        if self.selection is not None and self.is_deepspeed_enabled:
+            self.selection.refresh()  # DeepSpeed writes parameters behind the version counter
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self._decay == "to_base" and self.selection is not None and self.accelerator.sync_gradients:
+            strength = self._get_learning_rate() * self.args.weight_decay
+            for packed in self.selection.packed.values():
+                pull_to_base(packed, strength)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the share of selected scalars that the type of the weights shows as changed."""
+        changed = None if self.selection is None else self.selection.changed()
+        super().log(logs if changed is None else {**logs, "selection/changed": changed}, *args, **kwargs)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what this rank needs to go on, which plan is in force included."""
+        state = super().extra_state()
+        if self.selection is not None:
+            state["selection"] = self.selection.plan.fingerprint()
+        return state
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`extra_state` returned.
+
+        Raises:
+            CheckpointError: The checkpoint was written with another selection.
+        """
+        saved = state.pop("selection", None)
+        own = None if self.selection is None else self.selection.plan.fingerprint()
+        if saved != own:
+            raise CheckpointError(_OTHER_SELECTION)
+        super().load_extra_state(state)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with torch.no_grad():  # packed tensors are then read as the parameters they are
+                return super()._load_from_checkpoint(*args, **kwargs)
+        except RuntimeError as error:
+            if SUFFIX in str(error):
+                raise CheckpointError(_OTHER_SELECTION) from error
+            raise
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        self._for_checkpoint = True
+        try:
+            return super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._for_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save; a model that is not part of a checkpoint is a plain one, without packed values."""
+        if self.selection is not None and self.selection.packed and not self._for_checkpoint:
+            self.selection.refresh()
+            whole: Any = self.selection.model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: value for name, value in whole.items() if not is_packed_name(name)}
+        super()._save(output_dir, state_dict)

@@ -1,0 +1,241 @@
+"""``selection=`` on trainers: what trains, what does not, optimiser state, checkpoints, clipping."""
+
+import pytest
+import support
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, SFTConfig
+
+from posttrain import GRPOTrainer, SFTTrainer
+from posttrain.checkpointing.resume import CheckpointError
+from posttrain.selection.adamw import SelectiveAdamW
+from posttrain.selection.apply import apply
+from posttrain.selection.plan import PlanError, SelectionPlan, TensorSelection
+
+STEPS = 4
+
+
+def plan_for(model, share=0.05, seed=0, whole=()):
+    draw = torch.Generator().manual_seed(seed)
+    return SelectionPlan.for_model(
+        model,
+        {
+            name: TensorSelection.all(p.shape)
+            if name in whole
+            else TensorSelection.from_mask(torch.rand(p.shape, generator=draw) < share)
+            for name, p in model.named_parameters()
+        },
+        method="random",
+    )
+
+
+def sft(folder, selection=None, *, backend="auto", dtype=torch.float32, decay="off", **settings):
+    rows = Dataset.from_dict({"text": [f"say {i} and {i * i}" for i in range(32)]})
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "max_steps": STEPS,
+        "weight_decay": 0.1,
+    }
+    args = SFTConfig(**(defaults | settings))
+    trainer = SFTTrainer(
+        model=support.model(tied=True, dtype=dtype),
+        args=args,
+        train_dataset=rows,
+        processing_class=support.tokenizer(),
+    )
+    trainer.start_selection(selection, backend=backend, weight_decay=decay)
+    return trainer
+
+
+def moved(trainer, plan, dtype=torch.float32):
+    """Assert that only selected scalars moved; return how many did."""
+    start = dict(support.model(tied=True, dtype=dtype).named_parameters())
+    trainer.selection.remove()
+    count = 0
+    for name, tensor in trainer.model.named_parameters():
+        changed = tensor != start[name]
+        assert not (changed & ~plan.tensors[name].mask()).any(), name
+        count += int(changed.sum())
+    return count
+
+
+@pytest.mark.parametrize("backend", ["packed", "composed", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unselected_weights_stay_to_the_bit_and_state_follows_the_budget(tmp_path, backend, dtype):
+    """AdamW with decay, budget exact, state for the selected only: what the public toolkit does not give."""
+    model = support.model(tied=True, dtype=dtype)
+    plan = plan_for(model, whole=["model.norm.weight"])
+    trainer = sft(tmp_path, plan, backend=backend, dtype=dtype, gradient_accumulation_steps=2)
+    trainer.train()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    first_moments = sum(state["exp_avg"].numel() for state in optimizer.state.values())
+    assert first_moments == plan.count
+    assert isinstance(optimizer, SelectiveAdamW) == (backend == "masked")
+    count = moved(trainer, plan, dtype)
+    assert count <= plan.count
+    assert count > (0.9 if dtype == torch.float32 else 0.5) * plan.count
+
+
+def test_backends_agree(tmp_path):
+    plan = plan_for(support.model(tied=True))
+    weights = {}
+    for backend in ("packed", "composed", "masked"):
+        # the fused kernel rounds differently, and so do the norms of two layouts: no clipping
+        options = {"optim": "adamw_torch", "max_grad_norm": 1e9, "weight_decay": 0.0}
+        trainer = sft(tmp_path / backend, plan, backend=backend, **options)
+        trainer.train()
+        trainer.selection.remove()
+        weights[backend] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    for name, tensor in weights["packed"].items():
+        assert torch.equal(tensor, weights["masked"][name]), name
+        assert torch.allclose(tensor, weights["composed"][name], atol=1e-6), name
+
+
+def test_whole_tensors_are_frozen(tmp_path):
+    model = support.model(tied=True)
+    names = [name for name, _ in model.named_parameters()]
+    plan = SelectionPlan.for_model(
+        model, {name: TensorSelection.all(dict(model.named_parameters())[name].shape) for name in names[1::2]}
+    )
+    trainer = sft(tmp_path, plan)
+    assert trainer.selection.backend == "freeze"
+    trainer.train()
+    assert len(trainer.optimizer.state) == len(names[1::2])
+    assert all(p.grad is None for name, p in trainer.model.named_parameters() if name in names[0::2])
+    assert moved(trainer, plan) > 0
+
+
+@pytest.mark.parametrize("backend", ["packed", "masked"])
+def test_resume_is_exact_and_the_model_saved_is_plain(tmp_path, backend):
+    plan = plan_for(support.model(tied=True))
+    settings = {"backend": backend, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    whole = sft(tmp_path / "whole", plan, **settings)
+    whole.train()
+    again = sft(tmp_path / "again", plan, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for (name, left), (_, right) in zip(
+        whole.model.named_parameters(), again.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(left, right), name
+    again.save_model(str(tmp_path / "model"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    again.selection.remove()
+    for name, tensor in plain.named_parameters():
+        assert torch.equal(tensor, dict(again.model.named_parameters())[name]), name
+    other = sft(tmp_path / "other", plan_for(support.model(tied=True), seed=1), **settings)
+    with pytest.raises(CheckpointError, match="another selection"):
+        other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+
+
+def test_clipping_sees_the_masked_norm(tmp_path):
+    plan = plan_for(support.model(tied=True))
+    norms = {}
+    for backend in ("packed", "masked"):
+        trainer = sft(tmp_path / backend, plan, backend=backend, max_grad_norm=1e-3, max_steps=1)
+        trainer.train()
+        norms[backend] = trainer.state.log_history[0]["grad_norm"]
+    dense = sft(tmp_path / "dense", max_grad_norm=1e-3, max_steps=1)
+    dense.train()
+    assert norms["packed"] == pytest.approx(norms["masked"], rel=1e-5)
+    assert norms["packed"] < 0.6 * dense.state.log_history[0]["grad_norm"]
+
+
+@pytest.mark.parametrize(("decay", "expected"), [("off", 1.0), ("selected", 0.9), ("to_base", 1.0)])
+def test_weight_decay_modes_with_no_gradient(tmp_path, decay, expected):
+    """lr 1, wd 0.1, gradient 0: values stay, shrink by 1 - lr wd, or stay at the base they started from."""
+    plan = plan_for(support.model(tied=True))
+    trainer = sft(tmp_path, plan, decay=decay, learning_rate=1.0, max_steps=1)
+    before = {name: packed.values.detach().clone() for name, packed in trainer.selection.packed.items()}
+    trainer.compute_loss = lambda model, inputs, *a, **k: sum(
+        (p.values * 0).sum() for p in trainer.selection.packed.values()
+    )
+    trainer.train()
+    for name, packed in trainer.selection.packed.items():
+        if "norm" in name:
+            continue  # norms never decay
+        assert torch.allclose(packed.values, before[name] * expected, rtol=1e-6), name
+
+
+def test_half_precision_logs_what_is_visible(tmp_path):
+    plan = plan_for(support.model(tied=True, dtype=torch.bfloat16))
+    trainer = sft(tmp_path, plan, dtype=torch.bfloat16, learning_rate=1e-6)
+    trainer.train()
+    shares = [row["selection/changed"] for row in trainer.state.log_history if "loss" in row]
+    assert all(0 <= share < 0.9 for share in shares)
+
+
+def test_reinforcement_learning_with_a_selection(tmp_path):
+    model = support.model(tied=True)
+    plan = plan_for(model)
+    trainer = GRPOTrainer(
+        model=model,
+        args=support.grpo_config(tmp_path, max_steps=3, learning_rate=1e-2, beta=0.0),
+        reward_funcs=support.letter_reward,
+        train_dataset=support.prompts(),
+        processing_class=support.tokenizer(),
+        selection=plan,
+    )
+    assert isinstance(trainer.args, GRPOConfig)
+    trainer.train()
+    assert moved(trainer, plan) > 0
+
+
+def test_lora_scalars_can_be_selected_and_the_base_cannot(tmp_path):
+    trainer = GRPOTrainer(
+        model=support.model(),
+        args=support.grpo_config(tmp_path, max_steps=3, learning_rate=1e-2),
+        reward_funcs=support.letter_reward,
+        train_dataset=support.prompts(),
+        processing_class=support.tokenizer(),
+        peft_config=support.lora(),
+    )
+    model = trainer.model
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    draw = torch.Generator().manual_seed(0)
+    some = {
+        name: TensorSelection.from_mask(torch.rand(start[name].shape, generator=draw) < 0.5) for name in names
+    }
+    plan = SelectionPlan.for_model(model, some)
+    trainer.start_selection(plan)
+    trainer.train()
+    trainer.selection.remove()
+    changed = 0
+    for name, p in model.named_parameters():
+        different = p != start[name]
+        assert not (different & ~plan.tensors[name].mask()).any(), name
+        changed += int(different.sum())
+    assert 0 < changed <= plan.count
+    base = next(name for name in start if name not in names and start[name].dim() == 2)
+    wrong = SelectionPlan.for_model(model, {base: TensorSelection.all(start[base].shape)})
+    with pytest.raises(PlanError, match="frozen"):
+        trainer.start_selection(wrong)
+
+
+def test_what_cannot_be_enforced_is_refused_with_the_reason(tmp_path):
+    model = support.model()
+    plan = plan_for(model)
+    for options, reason in [
+        ({"backend": "freeze"}, "parts of tensors"),
+        ({"backend": "packed", "sharded": True}, "use composed"),
+        ({"backend": "masked", "deepspeed": True}, "its own optimiser"),
+        ({"backend": "packed", "changing": True}, "changes while it trains"),
+        ({"changing": True, "deepspeed": True}, "between backward and step"),
+        ({"backend": "packd"}, "unknown backend"),
+    ]:
+        with pytest.raises(PlanError, match=reason):
+            apply(model, plan, **options)
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(PlanError, match="optim=sgd"):
+        sft(tmp_path, plan_for(support.model(tied=True)), backend="masked", optim="sgd")
