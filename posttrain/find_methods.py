@@ -41,7 +41,12 @@ def find(package: ModuleType, base: type[M], machinery: frozenset[str]) -> dict[
     return dict(sorted(found.items()))
 
 
-def resolve(name: str, methods: Mapping[str, type[M]], base: type[M] | tuple[type[M], ...]) -> type[M]:
+def resolve(
+    name: str,
+    methods: Mapping[str, type[M]],
+    base: type[M] | tuple[type[M], ...],
+    noun: str = "method",
+) -> type[M]:
     """Return the class of a method by its name or by ``package.module:ClassName``.
 
     Raises:
@@ -53,7 +58,7 @@ def resolve(name: str, methods: Mapping[str, type[M]], base: type[M] | tuple[typ
         try:
             cls = getattr(importlib.import_module(module_name), class_name)
         except (ImportError, AttributeError) as error:
-            raise KeyError(f"cannot load method {name!r}: {error}") from error
+            raise KeyError(f"cannot load {noun} {name!r}: {error}") from error
         if not (inspect.isclass(cls) and issubclass(cls, base)):
             needed = " or ".join(
                 f"{b.__module__}.{b.__name__}" for b in (base if isinstance(base, tuple) else (base,))
@@ -63,5 +68,5 @@ def resolve(name: str, methods: Mapping[str, type[M]], base: type[M] | tuple[typ
     if name not in methods:
         near = difflib.get_close_matches(name, methods, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise KeyError(f"unknown method {name!r}{hint} Known methods: {', '.join(methods)}")
+        raise KeyError(f"unknown {noun} {name!r}{hint} Known {noun}s: {', '.join(methods)}")
     return methods[name]

@@ -1,4 +1,4 @@
-"""``posttrain.SFTTrainer``: TRL's trainer with methods, selection, exact resume and a stop at non-finite numbers."""
+"""``posttrain.SFTTrainer``: TRL's trainer with methods, selection, exact resume, a stop at bad numbers."""
 
 from __future__ import annotations
 
