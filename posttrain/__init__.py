@@ -12,16 +12,33 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _LAZY = {
+    "DPOTrainer": "posttrain.preference.dpo",
     "GRPOTrainer": "posttrain.rl.trainer",
+    "RewardTrainer": "posttrain.preference.reward",
     "SFTTrainer": "posttrain.sft.trainer",
+    "Select": "posttrain.selection.settings",
+    "SelectionPlan": "posttrain.selection.plan",
     "load_delta": "posttrain.selection.delta_apply",
 }
 
-__all__ = ["GRPOTrainer", "SFTTrainer", "__version__", "load_delta"]
+__all__ = [
+    "DPOTrainer",
+    "GRPOTrainer",
+    "RewardTrainer",
+    "SFTTrainer",
+    "Select",
+    "SelectionPlan",
+    "__version__",
+    "load_delta",
+]
 
 if TYPE_CHECKING:
+    from posttrain.preference.dpo import DPOTrainer
+    from posttrain.preference.reward import RewardTrainer
     from posttrain.rl.trainer import GRPOTrainer
     from posttrain.selection.delta_apply import load_delta
+    from posttrain.selection.plan import SelectionPlan
+    from posttrain.selection.settings import Select
     from posttrain.sft.trainer import SFTTrainer
 
 

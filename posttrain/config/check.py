@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from posttrain.config.load import Document, holds, load_document
 from posttrain.config.method_check import check_methods, json_text
 from posttrain.config.problems import ConfigError, KeyPath, Problem, Report, nearest
-from posttrain.config.schema import RunConfig, expand_shorthands
+from posttrain.config.schema import RunConfig, expand_shorthands, selector_key
+from posttrain.config.selection_check import check_selection
 from posttrain.config.sentences import problems_of
 from posttrain.config.source_check import HUB_ID, check_data, check_model, check_reward
 from posttrain.config.tasks import TASKS, Task
@@ -50,12 +51,13 @@ def check_and_load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Rep
     if not document.root.value and document.problems:
         return Report(document.source, tuple(document.problems)), None
     config, problems, broken = _validate(document)
-    later, methods = _check_sections(config)
+    later, filled = _check_sections(config)
+    later = [_as_written(problem, document.data.get("selection")) for problem in later]
     # a section that was replaced to go on is not blamed for what replaced it
     problems += [p for p in later if not any(p.path[: len(place)] == place for place in broken)]
     located = [_locate(problem, document) for problem in problems]
     report = Report(document.source, tuple(sorted([*document.problems, *located], key=_line)))
-    return report, config.model_copy(update={"methods": methods}) if report.ok else None
+    return report, config.model_copy(update=filled) if report.ok else None
 
 
 def _validate(document: Document) -> tuple[RunConfig, list[Problem], set[KeyPath]]:
@@ -143,7 +145,20 @@ def _twice(methods: Any) -> Iterator[Problem]:
         yield Problem(f"the method {name!r} is listed twice", ("methods", name), suggestion="keep one")
 
 
-def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, dict[str, Any]]]:
+def _as_written(problem: Problem, selection: Any) -> Problem:
+    """Name a parameter of a selector as ``selection.hft.ratio`` where the file has it so."""
+    if problem.path[:2] not in {("selection", "params"), ("selection", "method")}:
+        return problem
+    if isinstance(selection, str):
+        return dataclasses.replace(problem, path=("selection", *problem.path[2:]))
+    name = selector_key(selection) if isinstance(selection, dict) else None
+    return (
+        problem if name is None else dataclasses.replace(problem, path=("selection", name, *problem.path[2:]))
+    )
+
+
+def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, Any]]:
+    """Return the problems, and the sections whose defaults were filled in."""
     spec = TASKS[config.task]
     adapter = config.model.adapter is not None
     problems, trainer = check_trainer(config.trainer, spec, ("trainer",), adapter=adapter)
@@ -157,6 +172,10 @@ def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, dict[st
         rewards=config.rewards,
     )
     problems += more
+    filled: dict[str, Any] = {"methods": methods}
+    if config.selection is not None:
+        more, filled["selection"] = check_selection(config.selection, config.task, trainer, adapter=adapter)
+        problems += more
     problems += check_model(config.model)
     problems += check_data(config.data)
     for index, reward in enumerate(config.rewards):
@@ -172,7 +191,7 @@ def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, dict[st
                 Problem(f"task {config.task!r} takes no warm start", ("warm_start",), suggestion=fix)
             )
     problems += _run_rules(config)
-    return problems, methods
+    return problems, filled
 
 
 def _run_rules(config: RunConfig) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from posttrain.config.schema import RewardConfig
 from posttrain.config.sentences import problems_of
 from posttrain.config.tasks import Task, TaskSpec
 from posttrain.config.trainer_rules import processes
+from posttrain.selection import registry as selectors
 
 
 def check_methods(
@@ -84,6 +85,12 @@ def _unknown(name: str, path: KeyPath, error: Exception, registry: Any) -> Probl
             f"the method {name!r} cannot be loaded: {reason}", path, needed="package.module:ClassName"
         )
     known = registry.available()
+    if name in selectors.available():
+        return Problem(
+            f"{name!r} selects weights, it is no method of a loss",
+            path,
+            suggestion=f"write selection: {{{name}: {{...}}}}",
+        )
     near = nearest(name, known)
     return Problem(
         f"unknown method {name!r}",

@@ -17,25 +17,35 @@ from posttrain.config.describe import field_range, field_type
 from posttrain.config.problems import show
 from posttrain.rl import method as rl
 from posttrain.rl import registry as rl_registry
+from posttrain.selection import registry as selectors
+from posttrain.selection.selector import Selector
 from posttrain.sft import method as sft
 from posttrain.sft import registry as sft_registry
 
-Method = rl.Method | sft.Method
+Method = rl.Method | sft.Method | Selector
 
 
 def available() -> dict[str, type[Method]]:
-    """Return the built-in methods of all tasks, by name."""
-    return {**rl_registry.available(), **sft_registry.available()}
+    """Return the built-in methods of all tasks and the selectors, by name."""
+    return {**rl_registry.available(), **sft_registry.available(), **selectors.available()}
 
 
 def resolve(name: str) -> type[Method]:
     """Return a method's class, see :func:`posttrain.find_methods.resolve`."""
-    return find_methods.resolve(name, available(), (rl.Method, sft.Method))
+    return find_methods.resolve(name, available(), (rl.Method, sft.Method, Selector))
 
 
 def task_of(cls: type[Method]) -> str:
-    """Return the first task the method is for."""
+    """Return the first task the method is for; ``selection`` is for all of them."""
+    if issubclass(cls, Selector):
+        return "selection"
     return "sft" if issubclass(cls, sft.Method) else "rlvr"
+
+
+def use(cls: type[Method]) -> str:
+    """Return how a configuration names it."""
+    section = "selection" if issubclass(cls, Selector) else "methods"
+    return f"{section}: {{{cls.name}: {{...}}}}"
 
 
 def page(cls: type[Method]) -> str:
@@ -87,7 +97,8 @@ def print_list(classes: Iterable[type[Method]], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "'posttrain methods NAME' explains one; 'methods: {NAME: {parameter: value}}' in a config uses it."
+        "'posttrain methods NAME' explains one; 'methods: {NAME: {parameter: value}}' in a config uses it, "
+        "'selection: {NAME: {parameter: value}}' where the task is selection."
     )
 
 
@@ -95,7 +106,7 @@ def print_page(cls: type[Method], console: Console) -> None:
     """Print the page of a method and the table of its parameters."""
     console.print(Text(page(cls)), soft_wrap=True)
     console.print()
-    console.print(Text(f"Parameters (methods: {{{cls.name}: {{...}}}})"))
+    console.print(Text(f"Parameters ({use(cls)})"))
     table = _table("name", "type", "default", "range", "description")
     for row in parameters(cls):
         default = "required" if row["required"] else show(row["default"]).strip("\"'")

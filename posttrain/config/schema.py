@@ -196,6 +196,49 @@ class ExportConfig(Section):
     private: bool = Field(default=True, description="Whether a repository created by the push is private.")
 
 
+class SelectionConfig(Section):
+    """Which weights train; in YAML a bare name (``hft``) or ``{hft: {ratio: 0.5}}``."""
+
+    method: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A selector ('posttrain methods' lists them), or package.module:ClassName.",
+    )
+    params: dict[str, Any] = Field(default_factory=dict, description="Parameters of the selector.")
+    plan: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A plan file in place of a selector ('posttrain plan make' writes one).",
+    )
+    backend: Literal["auto", "freeze", "packed", "composed", "masked"] = Field(
+        default="auto", description="What enforces it; auto chooses and logs why."
+    )
+    weight_decay: Literal["off", "selected", "to_base"] = Field(
+        default="off",
+        description="Whether trainer.weight_decay acts on selected scalars: not, towards 0, or towards the "
+        "weights before training. The others never decay.",
+    )
+    age_correction: bool = Field(
+        default=True, description="Adam's bias correction by the steps a scalar has trained."
+    )
+    round: int = Field(default=0, ge=0, description="Round of a sequence; hft draws anew in each.")
+    examples: int = Field(
+        default=1024, ge=1, description="Training rows that a selector may score weights on."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SelectionConfig:
+        if (self.method is None) == (self.plan is None):
+            raise _refuse(
+                "plan" if self.plan is not None else "method",
+                "a selection is either a selector or a plan file: selection: hft, or selection: "
+                "{plan: file.safetensors}",
+            )
+        if self.plan is not None and self.params:
+            raise _refuse("params", "a plan file takes no parameters: drop 'params', or name a selector")
+        return self
+
+
 class WarmStartConfig(Section):
     """Supervised fine-tuning on the source's own answers before reinforcement learning."""
 
@@ -226,6 +269,9 @@ class RunConfig(Section):
     )
     trainer: dict[str, Any] = Field(
         default_factory=dict, description="Fields of the TRL config class of the task."
+    )
+    selection: SelectionConfig | None = Field(
+        default=None, description="Which weights train; all that are trainable when unset."
     )
     warm_start: WarmStartConfig | None = None
     evaluate: EvaluateConfig | None = None
@@ -265,7 +311,8 @@ def expand_shorthands(data: Any) -> Any:
     """Return a configuration in its long form; what cannot be understood is left as it is.
 
     ``rewards: [verifier, {math: {weight: 2}}]`` names rewards, ``methods: [ace]`` and ``methods: {ace: }``
-    take methods with their defaults, and an empty section is its defaults.
+    take methods with their defaults, ``selection: hft`` and ``selection: {hft: {ratio: 0.5}, round: 1}`` a
+    selector, and an empty section is its defaults.
     """
     if not isinstance(data, dict):
         return data
@@ -282,7 +329,21 @@ def expand_shorthands(data: Any) -> Any:
         methods = named if len(named) == len(pairs) else methods
     if isinstance(methods, dict):
         data["methods"] = {name: {} if params is None else params for name, params in methods.items()}
+    selection = data.get("selection")
+    if isinstance(selection, str):
+        data["selection"] = {"method": selection}
+    elif isinstance(selection, dict) and (name := selector_key(selection)) is not None:
+        rest = {key: value for key, value in selection.items() if key != name}
+        params = {} if selection[name] is None else selection[name]
+        data["selection"] = {"method": name, "params": params, **rest}
     return data
+
+
+def selector_key(selection: dict[str, Any]) -> str | None:
+    """Return the key that names the selector in ``{hft: {ratio: 0.5}, round: 1}``, if it is written so."""
+    others = [key for key in selection if key not in SelectionConfig.model_fields]
+    written_long = "method" in selection or "params" in selection
+    return others[0] if len(others) == 1 and not written_long and isinstance(others[0], str) else None
 
 
 def _named(item: Any) -> tuple[str, Any] | None:

@@ -45,6 +45,7 @@ from posttrain.selection.trainer import SelectionMixin
 if TYPE_CHECKING:
     from posttrain.selection.plan import SelectionPlan
     from posttrain.selection.selector import Selector
+    from posttrain.selection.settings import Select
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class GRPOTrainer(SelectionMixin, FiniteGuard, MoreRollouts):
     Args:
         *args: As ``trl.GRPOTrainer``.
         methods: Methods in the order in which they act. Conflicts are refused here, before the model loads.
-        selection: Which weights train: a plan, a selector, or None for what TRL trains.
+        selection: Which weights train: a plan, a selector, either with settings, or None for what TRL trains.
         **kwargs: As ``trl.GRPOTrainer``.
 
     Raises:
@@ -68,7 +69,7 @@ class GRPOTrainer(SelectionMixin, FiniteGuard, MoreRollouts):
         self,
         *args: Any,
         methods: Sequence[Method] = (),
-        selection: SelectionPlan | Selector | None = None,
+        selection: SelectionPlan | Selector | Select | None = None,
         **kwargs: Any,
     ) -> None:
         self.methods: tuple[Method, ...] = tuple(methods)

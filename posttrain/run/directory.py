@@ -7,6 +7,7 @@
     RUN/metrics.jsonl       one object per log
     RUN/completions.jsonl   sampled completions with rewards and the status of the first reward
     RUN/checkpoints/        checkpoint-N folders, each complete
+    RUN/selection.safetensors  which weights train, where not all do
     RUN/warm_start/         the same layout for the supervised stage, and its model
     RUN/evaluation.json     before, after and their difference
     RUN/export/             adapter, merged weights or full model
@@ -70,6 +71,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """The trainer's output folder."""
         return self.root / "checkpoints"
+
+    @property
+    def selection(self) -> Path:
+        """The plan of which weights train."""
+        return self.root / "selection.safetensors"
 
     @property
     def evaluation(self) -> Path:

@@ -65,6 +65,7 @@ def _identity(config: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
     ]
     parts = {"task": config["task"], "model": model, "data": config["data"], "rewards": rewards}
     parts["methods"] = config["methods"]
+    parts["selection"] = config.get("selection")  # a run of an earlier version had none
     if run.warm_start.model.exists():
         parts["warm_start"] = config["warm_start"]
     return parts

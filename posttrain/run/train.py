@@ -41,7 +41,8 @@ from posttrain.run.manifest import build_manifest
 from posttrain.run.publish import publish
 from posttrain.run.result import RunResult
 from posttrain.run.resuming import check_continuation
-from posttrain.run.trainers import grpo_trainer, run_training, sft_trainer, trl_config
+from posttrain.run.trainers import build_selection, grpo_trainer, run_training, sft_trainer, trl_config
+from posttrain.selection.plan import PlanError
 
 T = TypeVar("T")
 
@@ -155,6 +156,10 @@ class _Run:
             trainer = self._trainer(model, train_rows, held_out, rewards)
             self._train(trainer)
             steps = trainer.state.global_step
+            if trainer.selection is not None:
+                last = trainer.selection.plan
+                self.on_main(lambda: last.save(self.run.selection))
+                trainer.end_selection()
             trained = trainer.accelerator.unwrap_model(trainer.model)
             after = self._evaluated("after", steps, trained, held_out, rewards)
         finally:
@@ -273,13 +278,31 @@ class _Run:
             "peft_config": self._peft_config(model),
             "watchers": self._watchers(held_out, rewards),
         }
-        if TASKS[self.config.task].generates:
-            return grpo_trainer(
-                self.config, self.run, self.args, model, self.tokenizer, rows, rewards, **options
-            )
-        return sft_trainer(
-            self.run, self.args, model, self.tokenizer, rows, methods=self.config.methods, **options
+        try:
+            options["selection"] = build_selection(self.config.selection)
+            if TASKS[self.config.task].generates:
+                trainer: Any = grpo_trainer(
+                    self.config, self.run, self.args, model, self.tokenizer, rows, rewards, **options
+                )
+            else:
+                trainer = sft_trainer(
+                    self.run, self.args, model, self.tokenizer, rows, methods=self.config.methods, **options
+                )
+        except PlanError as error:
+            raise RunError(f"selection: {error}") from error
+        self._keep_plan(trainer)
+        return trainer
+
+    def _keep_plan(self, trainer: Any) -> None:
+        selection = trainer.selection
+        if selection is None:
+            return
+        plan = selection.plan
+        self.say(
+            f"selection {plan.method}: {plan.count:,} of {plan.numel:,} weights train "
+            f"({plan.density:.2%}), backend {selection.backend}"
         )
+        self.on_main(lambda: plan.save(self.run.selection))
 
     def _watchers(self, rows: Dataset | None, rewards: Sequence[Reward]) -> list[TrainerCallback]:
         """Return what evaluates on the held-out rows during training, if the configuration asks for it."""

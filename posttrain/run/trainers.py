@@ -12,13 +12,17 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import GRPOConfig, SFTConfig
 
-from posttrain.config.schema import RunConfig
+from posttrain.config.schema import RunConfig, SelectionConfig
 from posttrain.rl import registry
 from posttrain.rl.trainer import GRPOTrainer
 from posttrain.rl.ttrl import unlabelled
 from posttrain.run.alarms import Alarms
 from posttrain.run.callbacks import ConsoleProgress, FiniteWeights, RunRecorder
 from posttrain.run.directory import RunDirectory, RunError
+from posttrain.selection import registry as selectors
+from posttrain.selection.plan import SelectionPlan
+from posttrain.selection.selector import Selector
+from posttrain.selection.settings import Select
 from posttrain.sft import registry as sft_registry
 from posttrain.sft.trainer import SFTTrainer
 
@@ -55,6 +59,7 @@ def sft_trainer(
     peft_config: Any = None,
     watchers: Sequence[TrainerCallback] = (),
     methods: Mapping[str, Mapping[str, Any]] | None = None,
+    selection: Select | None = None,
     title: str = "sft",
 ) -> SFTTrainer:
     """Build the supervised trainer of a run or its warm start; ``watchers`` come before what reads logs."""
@@ -67,6 +72,7 @@ def sft_trainer(
         peft_config=peft_config,
         callbacks=[*watchers, RunRecorder(run), FiniteWeights()],
         methods=sft_registry.build(methods or {}),
+        selection=selection,
     )
     return _watched(trainer, run, title)
 
@@ -83,6 +89,7 @@ def grpo_trainer(
     held_out: Dataset | None = None,
     peft_config: Any = None,
     watchers: Sequence[TrainerCallback] = (),
+    selection: Select | None = None,
 ) -> GRPOTrainer:
     """Build the reinforcement-learning trainer of a run; ``watchers`` come before what reads logs."""
     recorder = RunRecorder(run)
@@ -96,9 +103,34 @@ def grpo_trainer(
         peft_config=peft_config,
         callbacks=[*watchers, recorder, FiniteWeights()],
         methods=registry.build(config.methods),
+        selection=selection,
     )
     recorder.trainer = trainer
     return _watched(trainer, run, config.task)
+
+
+def build_selection(section: SelectionConfig | None) -> Select | None:
+    """Return what a configuration selects, for ``selection=`` of a trainer.
+
+    Raises:
+        posttrain.selection.plan.PlanError: The plan file is damaged.
+    """
+    if section is None:
+        return None
+    what: SelectionPlan | Selector
+    if section.plan is not None:
+        what = SelectionPlan.load(Path(section.plan).expanduser())
+    else:
+        assert section.method is not None
+        what = selectors.resolve(section.method)(**section.params)
+    return Select(
+        what,
+        backend=section.backend,
+        weight_decay=section.weight_decay,
+        age_correction=section.age_correction,
+        round=section.round,
+        examples=section.examples,
+    )
 
 
 def run_training(trainer: Any, checkpoint: Path | None) -> None:

@@ -15,20 +15,20 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import nn
 
 from posttrain.selection.packed import SUFFIX, Packed, pack
 from posttrain.selection.plan import PlanError, SelectionPlan
+from posttrain.selection.settings import Backend
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "freeze", "packed", "composed", "masked"]
 DENSE_FROM = 0.7
 """Density from which packed values (20 bytes each) take more memory than dense gradients and state."""
 

@@ -25,6 +25,7 @@ _MACHINERY = frozenset(
         "plan",
         "registry",
         "selector",
+        "settings",
         "top_b",
         "trainer",
     }

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from accelerate.utils import DistributedType, gather_object
 
 from posttrain.checkpointing.resume import CheckpointError, ExactResume
 from posttrain.selection.adamw import SelectiveAdamW
-from posttrain.selection.apply import Backend, Selection, apply, is_packed_name
+from posttrain.selection.apply import Selection, apply, is_packed_name
 from posttrain.selection.packed import SUFFIX, pull_to_base
 from posttrain.selection.plan import PlanError, SelectionPlan
+from posttrain.selection.settings import Decay, Select
 
 if TYPE_CHECKING:
     from posttrain.selection.selector import Selector
@@ -39,32 +40,20 @@ class SelectionMixin(ExactResume):
     _age_correction = True
     _for_checkpoint = False
 
-    def start_selection(
-        self,
-        selection: SelectionPlan | Selector | None,
-        *,
-        backend: Backend = "auto",
-        weight_decay: str = "off",
-        age_correction: bool = True,
-        round: int = 0,
-        batches: Any = None,
-    ) -> None:
+    def start_selection(self, selection: SelectionPlan | Selector | Select | None) -> None:
         """Put a selection into force; the model is loaded, and nothing has wrapped it yet.
 
         Args:
-            selection: A plan, a selector that makes one, or None for none.
-            backend: See :mod:`posttrain.selection.apply`.
-            weight_decay: off, selected or to_base.
-            age_correction: See :mod:`posttrain.selection.adamw`.
-            round: Round for selectors that draw anew in each.
-            batches: Examples for selectors that need them.
+            selection: A plan, a selector that makes one, either with settings, or None for none.
 
         Raises:
             PlanError: The plan does not fit, differs between ranks, or cannot be enforced here.
         """
         if selection is None:
             return
-        if weight_decay not in ("off", "selected", "to_base"):
+        select = selection if isinstance(selection, Select) else Select(selection)
+        weight_decay = select.weight_decay
+        if weight_decay not in get_args(Decay):
             raise PlanError(f"weight_decay is off, selected or to_base, found {weight_decay!r}")
         kind = self.accelerator.distributed_type
         deepspeed = kind == DistributedType.DEEPSPEED
@@ -76,14 +65,17 @@ class SelectionMixin(ExactResume):
                 "weight_decay to_base acts before the step, which DeepSpeed hides: use selected or off"
             )
         model = self.accelerator.unwrap_model(self.model)
-        plan = selection
+        plan = select.what
         if not isinstance(plan, SelectionPlan):
             if plan.schedule == "grow":
                 raise PlanError(f"{plan.name} grows at every step, which this trainer does not drive yet")
-            plan = plan.select(model, round=round, batches=batches)
+            batches = select.batches
+            if batches is None and plan.needs == "examples":
+                batches = self.selection_examples(select.examples)
+            plan = plan.select(model, round=select.round, batches=batches)
         self._refuse_difference(plan)
-        self._decay, self._age_correction = weight_decay, age_correction
-        self.selection = apply(model, plan, backend, sharded=sharded, deepspeed=deepspeed)
+        self._decay, self._age_correction = weight_decay, select.age_correction
+        self.selection = apply(model, plan, select.backend, sharded=sharded, deepspeed=deepspeed)
         if getattr(self.args, "gradient_checkpointing", False) and hasattr(
             model, "enable_input_require_grads"
         ):
@@ -94,6 +86,25 @@ class SelectionMixin(ExactResume):
                 f"backend 'masked' is an AdamW, found optim={self._optim}: set optim to adamw_torch, or "
                 "backend to packed"
             )
+
+    def selection_examples(self, count: int) -> Any:
+        """Return batches of one row that a selector may score weights on.
+
+        Raises:
+            PlanError: This trainer's data are no examples with labels.
+        """
+        del count
+        raise PlanError(
+            "the selector scores weights on examples with labels, and this trainer has none: make the plan "
+            "with supervised data ('posttrain plan make'), and give its file to this run"
+        )
+
+    def end_selection(self) -> None:
+        """Leave a plain model with the trained weights; training cannot go on after this."""
+        if self.selection is not None:
+            self.selection.refresh()
+            self.selection.remove()
+            self.selection = None
 
     @property
     def _optim(self) -> str:

@@ -19,12 +19,14 @@ from trl import SFTTrainer as TRLSFTTrainer
 from posttrain.guards import FiniteGuard
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import Setup
+from posttrain.selection.plan import PlanError
 from posttrain.selection.trainer import SelectionMixin
 from posttrain.sft.method import Method, MicroStep
 
 if TYPE_CHECKING:
     from posttrain.selection.plan import SelectionPlan
     from posttrain.selection.selector import Selector
+    from posttrain.selection.settings import Select
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
     Args:
         *args: As ``trl.SFTTrainer``.
         methods: Methods in the order in which they act. Conflicts are refused here, before the model loads.
-        selection: Which weights train: a plan, a selector, or None for what TRL trains.
+        selection: Which weights train: a plan, a selector, either with settings, or None for what TRL trains.
         **kwargs: As ``trl.SFTTrainer``.
 
     Raises:
@@ -52,7 +54,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         self,
         *args: Any,
         methods: Sequence[Method] = (),
-        selection: SelectionPlan | Selector | None = None,
+        selection: SelectionPlan | Selector | Select | None = None,
         **kwargs: Any,
     ) -> None:
         self.methods: tuple[Method, ...] = tuple(methods)
@@ -147,6 +149,19 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
                     parameter.grad = gradient
                 else:
                     parameter.grad.add_(gradient)
+
+    def selection_examples(self, count: int) -> list[dict[str, Any]]:
+        """Return batches of one row each: the first ``count`` of a shuffle, the same on every rank.
+
+        Raises:
+            PlanError: The data are a stream.
+        """
+        if not isinstance(self.train_dataset, Dataset):
+            raise PlanError(
+                "examples for a selector cannot be drawn from a stream: load the data set in full"
+            )
+        rows, order = self._own_rows, self._order(0)
+        return [self._prepare_inputs(self.data_collator([rows[int(place)]])) for place in order[:count]]
 
     def _another(self) -> dict[str, Any]:
         """Return the next micro-batch of a shuffle of the training data that is not the trainer's."""

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, SFTConfig
 
-from posttrain import GRPOTrainer, SFTTrainer
+from posttrain import GRPOTrainer, Select, SFTTrainer
 from posttrain.checkpointing.resume import CheckpointError
 from posttrain.selection.adamw import SelectiveAdamW
 from posttrain.selection.apply import apply
@@ -54,7 +54,9 @@ def sft(folder, selection=None, *, backend="auto", dtype=torch.float32, decay="o
         train_dataset=rows,
         processing_class=support.tokenizer(),
     )
-    trainer.start_selection(selection, backend=backend, weight_decay=decay)
+    if selection is not None:
+        selection = Select(selection, backend=backend, weight_decay=decay)
+    trainer.start_selection(selection)
     return trainer
 
 
