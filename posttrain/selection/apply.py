@@ -14,14 +14,15 @@ masked     dense gradients, :class:`~posttrain.selection.adamw.SelectiveAdamW` m
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import nn
 
 from posttrain.selection.packed import SUFFIX, Packed, pack
-from posttrain.selection.plan import PlanError, SelectionPlan
+from posttrain.selection.plan import PlanError, SelectionPlan, TensorSelection
 from posttrain.selection.settings import Backend
 
 if TYPE_CHECKING:
@@ -39,18 +40,37 @@ class Selection:
 
     Attributes:
         model: The model.
-        plan: What may move.
+        start: The plan it began with.
         backend: Which one enforces it.
         packed: Packed tensors by the name of the weight (packed, composed).
         positions: Flat positions by parameter (masked).
     """
 
     model: nn.Module
-    plan: SelectionPlan
+    start: SelectionPlan
     backend: str
     packed: dict[str, Packed] = field(default_factory=dict)
     positions: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)
     _trainable_before: dict[str, bool] = field(default_factory=dict)
+    _plan: SelectionPlan | None = None
+
+    @property
+    def plan(self) -> SelectionPlan:
+        """What may move now, with the hashes of the weights before training."""
+        if self._plan is None:
+            moving = {
+                name: TensorSelection.elements(p.shape, self.positions[p])
+                for name, p in self.model.named_parameters()
+                if p in self.positions
+            }
+            tensors = {name: moving.get(name, part) for name, part in self.start.tensors.items()}
+            hashes = {n: h for n, h in self.start.hashes.items() if tensors[n].kind != "none"}
+            self._plan = replace(self.start, tensors=tensors, hashes=hashes)
+        return self._plan
+
+    def select(self, parameter: nn.Parameter, index: torch.Tensor) -> None:
+        """Note what of a dense parameter moves from now on; the optimiser is told by the caller."""
+        self.positions[parameter], self._plan = index, None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what an optimiser has to get."""
@@ -68,7 +88,8 @@ class Selection:
         return sum(packed.changed() for packed in self.packed.values()) / total if total else None
 
     def remove(self) -> None:
-        """Leave a plain model with the trained weights, trainable as before."""
+        """Leave a plain model with the trained weights, trainable as before; the plan stays readable."""
+        self._plan = self.plan
         for packed in self.packed.values():
             packed.remove()
         self.packed, self.positions = {}, {}
@@ -81,7 +102,7 @@ def apply(
     plan: SelectionPlan,
     backend: Backend = "auto",
     *,
-    changing: bool = False,
+    candidates: Collection[str] = (),
     sharded: bool = False,
     deepspeed: bool = False,
 ) -> Selection:
@@ -91,7 +112,7 @@ def apply(
         model: Unwrapped. Its weights must be those the plan was made for.
         plan: What may move.
         backend: ``auto`` chooses, and logs what and why.
-        changing: Whether the selection will change while it trains (ID3, shrinking masks).
+        candidates: Tensors of which more may be selected while the run goes on (ID3), beside the plan's.
         sharded: Whether weights will be sharded (ZeRO-3, FSDP2).
         deepspeed: Whether DeepSpeed will own the optimiser.
 
@@ -99,6 +120,7 @@ def apply(
         PlanError: The plan is for another model, touches what is frozen, or the backend cannot enforce it.
     """
     plan.check(model)
+    changing = bool(candidates)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     frozen = [name for name in plan.touched if not before[name]]
     if frozen:
@@ -111,11 +133,11 @@ def apply(
         "selection %s: %d of %d scalars (%.2f %%) train; backend %s, %s",
         plan.method, plan.count, plan.numel, 100 * plan.density, chosen, reason,
     )  # fmt: skip
-    selection = Selection(model, plan, chosen, _trainable_before=before)
+    selection = Selection(model, plan, chosen, _trainable_before=before, _plan=None if changing else plan)
     places = _places(model)
     for name, parameter in list(model.named_parameters()):
         part = plan.tensors[name]
-        if part.kind == "none" and not (changing and before[name]):
+        if part.kind == "none" and name not in candidates:
             parameter.requires_grad_(False)
         elif part.partial and chosen in ("packed", "composed"):
             selection.packed[name] = pack(places[parameter], part, composed=chosen == "composed")

@@ -21,6 +21,7 @@ _MACHINERY = frozenset(
         "delta_apply",
         "delta_base",
         "delta_file",
+        "grow",
         "packed",
         "plan",
         "registry",

@@ -9,23 +9,40 @@ How
     Small B: one pass keeps a pool of the B best so far; of a later tensor only what beats the worst of a full
     pool is looked at. Large B: fp32 numbers, read as integers, are in the order of their bits, so three
     passes of histograms (11 + 11 + 10 bits) find the B-th best score, and one more collects the positions.
-    Work is done in blocks of rows, so that besides the positions only one block is held at a time.
+    Work is done block by block, so that besides the positions only one block is held at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from posttrain._lazy import torch
 
-if TYPE_CHECKING:
-    Scores = torch.Tensor | Callable[[], torch.Tensor]
-
 _SMALL = 1 << 20
 _BLOCK = 1 << 20
 _BITS = (11, 11, 10)  # of 32, from the top
+
+
+@dataclass(frozen=True)
+class ByBlock:
+    """Scores of one tensor that exist one block at a time.
+
+    Attributes:
+        numel: How many there are.
+        read: From (start, stop) the (stop - start,) scores of these flat positions; the same at each call.
+        block: How many to ask for at once; None for 2^20.
+    """
+
+    numel: int
+    read: Callable[[int, int], torch.Tensor]
+    block: int | None = None
+
+
+if TYPE_CHECKING:
+    Scores = torch.Tensor | Callable[[], torch.Tensor] | ByBlock
 
 
 def budget_of(budget: int | float, candidates: int) -> int:
@@ -51,8 +68,8 @@ def top_b(scores: Mapping[str, Scores], budget: int) -> dict[str, torch.Tensor]:
     """Return the positions of the ``budget`` highest scores over all tensors.
 
     Args:
-        scores: Per tensor its scores, or a function that returns them; functions are called up to four times
-            and have to return the same values. The order of the mapping breaks ties.
+        scores: Per tensor its scores, or a function that returns them, or :class:`ByBlock`; functions are
+            called up to four times and have to return the same values. The order of the mapping breaks ties.
         budget: B, from 0 to the number of scores.
 
     Returns:
@@ -78,10 +95,9 @@ def _pooled(scores: Mapping[str, Scores], budget: int) -> dict[str, torch.Tensor
     where: list[tuple[str, torch.Tensor]] = []  # positions by tensor, in the order of the pool
     seen = 0
     for name, source in scores.items():
-        flat = _values(source)
-        seen += flat.numel()
-        for start in range(0, flat.numel(), _BLOCK):
-            block = _checked(flat[start : start + _BLOCK].float(), name, start)
+        for start, raw in _blocks(source):
+            block = _checked(raw, name, start)
+            seen += len(block)
             if len(pool) == budget:
                 # later scores lose ties, so only what is strictly better than the worst can enter
                 index = (block > pool.min()).nonzero().flatten()
@@ -142,9 +158,9 @@ def _by_histogram(scores: Mapping[str, Scores], budget: int) -> dict[str, torch.
     # prefix is now the B-th best score itself, and `left` of the scores equal to it are still wanted
     picked: dict[str, torch.Tensor] = {}
     for name, source in scores.items():
-        flat, parts = _values(source), []
-        for start in range(0, flat.numel(), _BLOCK):
-            keys = _keys(flat[start : start + _BLOCK].float())
+        parts = []
+        for start, block in _blocks(source):
+            keys = _keys(block)
             take = keys > prefix
             ties = (keys == prefix).nonzero().flatten()[:left]
             take[ties] = True
@@ -158,9 +174,8 @@ def _histogram(scores: Mapping[str, Scores], prefix: int, shift: int, bits: int)
     """Count the scores whose higher bits are ``prefix`` by their next ``bits`` bits."""
     counts = torch.zeros(1 << bits, dtype=torch.long)
     for name, source in scores.items():
-        flat = _values(source)
-        for start in range(0, flat.numel(), _BLOCK):
-            keys = _keys(_checked(flat[start : start + _BLOCK].float(), name, start)) >> shift
+        for start, block in _blocks(source):
+            keys = _keys(_checked(block, name, start)) >> shift
             keys = keys[(keys >> bits) == prefix] & ((1 << bits) - 1)
             counts += torch.bincount(keys, minlength=1 << bits).cpu()
     return counts
@@ -175,8 +190,14 @@ def _keys(values: torch.Tensor) -> torch.Tensor:
 # ---- both ------------------------------------------------------------------------------------------------
 
 
-def _values(source: Scores) -> torch.Tensor:
-    return (source() if callable(source) else source).detach().flatten()
+def _blocks(source: Scores) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (flat position of its first score, fp32 scores) of block after block."""
+    if not isinstance(source, ByBlock):
+        flat = (source() if callable(source) else source).detach().flatten()
+        source = ByBlock(flat.numel(), lambda start, stop: flat[start:stop])
+    size = source.block or _BLOCK
+    for start in range(0, source.numel, size):
+        yield start, source.read(start, min(start + size, source.numel)).float()
 
 
 def _checked(block: torch.Tensor, name: str, start: int) -> torch.Tensor:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast, gather_object
 
 from posttrain.checkpointing.resume import CheckpointError, ExactResume
 from posttrain.selection.adamw import SelectiveAdamW
 from posttrain.selection.apply import Selection, apply, is_packed_name
+from posttrain.selection.grow import GrowingSelector, Growth
 from posttrain.selection.packed import SUFFIX, pull_to_base
 from posttrain.selection.plan import PlanError, SelectionPlan
 from posttrain.selection.settings import Decay, Select
 
 if TYPE_CHECKING:
     from posttrain.selection.selector import Selector
+
+logger = logging.getLogger(__name__)
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 _OTHER_SELECTION = (
@@ -39,6 +43,7 @@ class SelectionMixin(ExactResume):
     _decay = "off"
     _age_correction = True
     _for_checkpoint = False
+    _growth: Growth | None = None
 
     def start_selection(self, selection: SelectionPlan | Selector | Select | None) -> None:
         """Put a selection into force; the model is loaded, and nothing has wrapped it yet.
@@ -65,17 +70,31 @@ class SelectionMixin(ExactResume):
                 "weight_decay to_base acts before the step, which DeepSpeed hides: use selected or off"
             )
         model = self.accelerator.unwrap_model(self.model)
-        plan = select.what
-        if not isinstance(plan, SelectionPlan):
-            if plan.schedule == "grow":
-                raise PlanError(f"{plan.name} grows at every step, which this trainer does not drive yet")
+        plan: Any = select.what
+        growing: GrowingSelector | None = None
+        candidates: list[str] = []
+        budget = 0
+        if isinstance(plan, GrowingSelector):
+            growing, (plan, candidates, budget) = plan, self._begin(plan, model, weight_decay)
+        elif not isinstance(plan, SelectionPlan):
             batches = select.batches
             if batches is None and plan.needs == "examples":
                 batches = self.selection_examples(select.examples)
             plan = plan.select(model, round=select.round, batches=batches)
         self._refuse_difference(plan)
         self._decay, self._age_correction = weight_decay, select.age_correction
-        self.selection = apply(model, plan, select.backend, sharded=sharded, deepspeed=deepspeed)
+        self.selection = apply(
+            model, plan, select.backend, candidates=candidates, sharded=sharded, deepspeed=deepspeed
+        )
+        if growing is not None:
+            self._growth = Growth(
+                growing,
+                self.selection,
+                candidates,
+                budget,
+                broadcast=None if self.accelerator.num_processes == 1 else broadcast,
+                first=self.accelerator.is_main_process,
+            )
         if getattr(self.args, "gradient_checkpointing", False) and hasattr(
             model, "enable_input_require_grads"
         ):
@@ -104,7 +123,21 @@ class SelectionMixin(ExactResume):
         if self.selection is not None:
             self.selection.refresh()
             self.selection.remove()
-            self.selection = None
+            self.selection = self._growth = None
+
+    def _begin(
+        self, selector: GrowingSelector, model: Any, weight_decay: str
+    ) -> tuple[SelectionPlan, list[str], int]:
+        if weight_decay != "off":
+            raise PlanError(
+                f"{selector.name} is defined without weight decay, found {weight_decay!r}: use off, "
+                "or a selector whose selection stays"
+            )
+        if self.args.weight_decay:
+            logger.warning(
+                "weight_decay %s is not used: %s is defined without", self.args.weight_decay, selector.name
+            )
+        return selector.begin(model)
 
     @property
     def _optim(self) -> str:
@@ -151,20 +184,49 @@ class SelectionMixin(ExactResume):
         )
         return self.optimizer
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        """Clip by the norm of what can move."""
+    @property
+    def _selective(self) -> SelectiveAdamW | None:
+        """The optimiser, if it moves single scalars of dense parameters."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if not isinstance(optimizer, SelectiveAdamW):
+        return optimizer if isinstance(optimizer, SelectiveAdamW) else None
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip by the norm of what can move; what cannot move is left as it is."""
+        optimizer = self._selective
+        if optimizer is None:
             return super()._clip_grad_norm(model)
-        parts = [
+        parts = self._moving_gradients(optimizer)
+        norm = torch.nn.utils.get_total_norm(parts)
+        scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+        for (gradient, index), part in zip(optimizer.gradients(), parts, strict=True):
+            factor = scale.to(gradient.device, gradient.dtype)
+            if index is None or not gradient.is_contiguous():
+                gradient.mul_(factor)
+            else:
+                gradient.view(-1)[index] = part.mul_(factor)
+        return norm
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        optimizer = self._selective
+        if optimizer is not None and grad_norm is None:  # there is no clipping
+            grad_norm = torch.nn.utils.get_total_norm(self._moving_gradients(optimizer))
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _moving_gradients(self, optimizer: SelectiveAdamW) -> list[torch.Tensor]:
+        """Return the gradients of what moves at this step, after releasing what is due; once per step."""
+        self.accelerator.unscale_gradients()
+        if self._growth is not None and self._will_step(optimizer):
+            self._growth.release(optimizer, self.state.max_steps)
+        return [
             gradient if index is None else gradient.reshape(-1).index_select(0, index)
             for gradient, index in optimizer.gradients()
         ]
-        norm = torch.nn.utils.get_total_norm(parts)
-        scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
-        for gradient, _ in optimizer.gradients():
-            gradient.mul_(scale.to(gradient.device, gradient.dtype))
-        return norm
+
+    def _will_step(self, optimizer: SelectiveAdamW) -> bool:
+        """Whether a loss scaler, if there is one, will let the optimiser step."""
+        if self.accelerator.scaler is None:
+            return True
+        return all(bool(torch.isfinite(gradient).all()) for gradient, _ in optimizer.gradients())
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-step."""
@@ -180,7 +242,11 @@ class SelectionMixin(ExactResume):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the share of selected scalars that the type of the weights shows as changed."""
         changed = None if self.selection is None else self.selection.changed()
-        super().log(logs if changed is None else {**logs, "selection/changed": changed}, *args, **kwargs)
+        if changed is not None:
+            logs = {**logs, "selection/changed": changed}
+        if self._growth is not None:
+            logs = {**logs, "selection/released": self._growth.count}
+        super().log(logs, *args, **kwargs)
 
     # ---- checkpoints ------------------------------------------------------------------------------------
 
@@ -188,7 +254,9 @@ class SelectionMixin(ExactResume):
         """Return what this rank needs to go on, which plan is in force included."""
         state = super().extra_state()
         if self.selection is not None:
-            state["selection"] = self.selection.plan.fingerprint()
+            state["selection"] = self.selection.start.fingerprint()
+        if self._growth is not None:
+            state["growth"] = self._growth.state()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -197,10 +265,15 @@ class SelectionMixin(ExactResume):
         Raises:
             CheckpointError: The checkpoint was written with another selection.
         """
-        saved = state.pop("selection", None)
-        own = None if self.selection is None else self.selection.plan.fingerprint()
-        if saved != own:
+        saved, growth = state.pop("selection", None), state.pop("growth", None)
+        own = None if self.selection is None else self.selection.start.fingerprint()
+        grows = self._growth is not None and self._growth.fits(growth)
+        if saved != own or grows != (growth is not None):
             raise CheckpointError(_OTHER_SELECTION)
+        if self._growth is not None:
+            optimizer = self._selective
+            assert optimizer is not None
+            self._growth.restore(growth, optimizer)
         super().load_extra_state(state)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:

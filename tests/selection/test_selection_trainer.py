@@ -232,8 +232,9 @@ def test_what_cannot_be_enforced_is_refused_with_the_reason(tmp_path):
         ({"backend": "freeze"}, "parts of tensors"),
         ({"backend": "packed", "sharded": True}, "use composed"),
         ({"backend": "masked", "deepspeed": True}, "its own optimiser"),
-        ({"backend": "packed", "changing": True}, "changes while it trains"),
-        ({"changing": True, "deepspeed": True}, "between backward and step"),
+        ({"backend": "packed", "candidates": ["lm_head.weight"]}, "changes while it trains"),
+        ({"candidates": ["lm_head.weight"], "deepspeed": True}, "between backward and step"),
+        ({"candidates": ["lm_head.weight"], "sharded": True}, "use DDP"),
         ({"backend": "packd"}, "unknown backend"),
     ]:
         with pytest.raises(PlanError, match=reason):
