@@ -1,0 +1,42 @@
+"""Every selector is found by its name, without torch, and has a page, a title and its paper."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from posttrain.config.method_pages import page, parameters
+from posttrain.selection import registry
+from posttrain.selection.selector import Selector
+
+
+@pytest.mark.parametrize("name", registry.available())
+def test_a_selector_is_documented(name):
+    cls = registry.resolve(name)
+    assert cls.name == name
+    assert cls.title
+    assert cls.paper is None or re.fullmatch(r"\d{4}\.\d{5}", cls.paper)
+    text = page(cls)
+    assert text.startswith(cls.title.partition(":")[0])
+    assert cls.paper is None or cls.paper in text
+    for heading in ("Idea", "When not to use it", "What to watch"):
+        assert f"\n{heading}\n" in text
+    undocumented = [entry["name"] for entry in parameters(cls) if not entry["description"]]
+    assert not undocumented
+
+
+def test_no_torch_is_imported():
+    code = (
+        "import sys; from posttrain.selection import registry; "
+        "assert registry.available(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_and_foreign_selectors():
+    with pytest.raises(KeyError, match="did you mean 'hft'"):
+        registry.resolve("htf")
+    assert issubclass(registry.resolve("posttrain.selection.hft:HFT"), Selector)
+    with pytest.raises(TypeError, match="is not a subclass"):
+        registry.resolve("posttrain.selection.hft:Matrix")
