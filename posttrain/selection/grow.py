@@ -193,7 +193,6 @@ class Growth:
         self.total_steps: int | None = selector.total_steps
         self._broadcast, self._first = broadcast, first
 
-    @torch.no_grad()
     def release(self, optimizer: SelectiveAdamW, run_steps: int) -> None:
         """Release what is due at this optimiser step; called once per step, before clipping.
 
@@ -209,7 +208,9 @@ class Growth:
         if self.step % self.selector.every == 0:
             ahead = self.selector.released(self.step + self.selector.every, self.total_steps, self.budget)
             due = ahead - self.count
-        for name, new in (self._chosen(due) if due > 0 else {}).items():
+        with torch.no_grad():
+            chosen = self._chosen(due) if due > 0 else {}
+        for name, new in chosen.items():
             parameter = self.parameters[name]
             old = self.selection.positions[parameter].to(new.device)
             index = torch.cat([old, new.to(index_dtype(parameter.numel()))]).sort().values
