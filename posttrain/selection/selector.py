@@ -82,6 +82,8 @@ class Selector(BaseModel):
     granularity: ClassVar[Granularity] = "tensor"
     needs: ClassVar[Need] = "nothing"
     schedule: ClassVar[Schedule] = "static"
+    groups: ClassVar[tuple[str, ...]] = ()
+    """Names of the sets in which examples are needed, such as forget and retain; () for one set."""
 
     include: tuple[Pattern, ...] = Field(
         (), description="Only parameters in whose name one of these regular expressions is found; () for all."
@@ -96,8 +98,9 @@ class Selector(BaseModel):
         Args:
             model: Unwrapped, with whole weights; trainable is what ``requires_grad`` says.
             round: Index of the training round (a task of a sequence, or SFT and then DPO).
-            batches: Examples, where :attr:`needs` says ``examples``: dictionaries of (B, T) tensors
-                ``input_ids``, ``labels`` (-100 where nothing is learned) and optionally ``attention_mask``.
+            batches: Examples, where :attr:`needs` says ``examples`` (by :attr:`groups`, if there are any):
+                dictionaries of (B, T) tensors ``input_ids``, ``labels`` (-100 where nothing is learned) and
+                optionally ``attention_mask``.
 
         Raises:
             PlanError: Nothing can be selected, or the selector does not fit the model; the message says why.
