@@ -284,6 +284,53 @@ def compare(
 
 
 @app.command()
+def continual(
+    rounds: Annotated[
+        list[Path], typer.Argument(metavar="CONFIG...", help="One configuration per round, in order.")
+    ],
+    *,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option("--arm", metavar="NAME[:KEY=VALUE,...]", help="One per arm; the first is the baseline."),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", help="Trained first, once per seed; all arms begin from it."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Seeds per arm; five and more give intervals.")] = 5,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the sequence.")] = Path("runs/continual"),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A change for all rounds and arms.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train on several tasks in a row, and measure what is learned and what is forgotten.
+
+    \b
+    posttrain continual A.yaml B.yaml --arm full --arm hft:selection=hft --arm lora:model.adapter.r=8
+
+    Each round begins from the model of the one before; selectors that draw per round draw anew. After each
+    round every task is evaluated. Table and OUT/continual.json: accuracy learned and kept, forgetting,
+    general loss, per arm and as paired differences with 95 % t intervals. The same command goes on where it
+    stopped.
+    """
+    with reported_errors("the same command goes on where it stopped"):
+        from posttrain.run.arms import parse_arm
+        from posttrain.run.continual import continual as carry_out
+        from posttrain.run.continual import plan_sequence, print_sequence
+
+        parsed = [parse_arm(text) for text in arms or ()]
+        planned = plan_sequence(rounds, parsed, base=base, seeds=seeds, out=out, overrides=overrides or ())
+        errors = stderr()
+        with answers(as_json):
+            result = carry_out(planned, say=lambda text: errors.print(text, markup=False))
+        if as_json:
+            print_json(result)
+        else:
+            print_sequence(result, stdout())
+
+
+@app.command()
 def sparsity(
     base: Annotated[str, typer.Argument(help="The model before: folder, run directory or Hub id.")],
     tuned: Annotated[str, typer.Argument(help="The model after training; full weights, not an adapter.")],
@@ -336,45 +383,6 @@ def sparsity(
             print_json(report.to_dict())
         else:
             print_sparsity(report, stdout(), tensors=tensors)
-
-
-@app.command()
-def s3ft(
-    config: Config,
-    overrides: Overrides = None,
-    *,
-    to: Annotated[
-        Path,
-        typer.Option("--to", help="File to write, rows.jsonl; the counts go beside it.", show_default=False),
-    ],
-    as_json: AsJson = False,
-) -> None:
-    """Write the training rows of a configuration with an 's3ft' section, without training.
-
-    Own answers stand where the first reward finds them right, rephrasings of the gold answer where those are,
-    gold answers elsewhere. The same command goes on with a job that was stopped, and does nothing when it is
-    done. Train on the rows with data: {source: rows.jsonl}; they are rendered already, so without columns,
-    prompt_template and system_prompt.
-    """
-    with reported_errors("the same command goes on where it stopped"):
-        run_config = load_config(config, overrides)
-        from posttrain.run.rewriting import rewrite_to
-
-        with answers(as_json):
-            result = rewrite_to(run_config, to)
-        if not main_process():
-            return
-        if as_json:
-            print_json(result)
-        else:
-            shares = ", ".join(f"{name} {share:.1%}" for name, share in result["shares"].items())
-            lines = [f"{result['rows']} rows in {result['rows_file']}: {shares}"]
-            for stage, counts in result["outcomes"].items():
-                told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-                lines.append(f"answers of stage {stage}: {told}")
-            for key in ("judge_failed", "retokenised_differently"):
-                lines.append(f"{key.replace('_', ' ')}: {result[key]}")
-            stdout().print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 @app.command()

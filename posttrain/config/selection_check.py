@@ -111,7 +111,8 @@ def _selector_rules(
     adapter: bool,
 ) -> Iterator[Problem]:
     changing = selector.schedule in ("grow", "shrink")
-    optim = str(getattr(trainer.get("optim"), "value", trainer.get("optim")))
+    optim = trainer.get("optim") or _ADAMW[0]
+    optim = str(getattr(optim, "value", optim))
     if (changing or selection.backend == "masked") and optim not in _ADAMW:
         yield Problem(
             f"{selector.name} moves single scalars of dense tensors with an AdamW of its own",

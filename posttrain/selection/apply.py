@@ -26,7 +26,7 @@ from posttrain.selection.plan import PlanError, SelectionPlan, TensorSelection
 from posttrain.selection.settings import Backend
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,19 @@ class Selection:
         for packed in self.packed.values():
             if not packed.composed:
                 packed.write(packed.weight, always=True)
+
+    def plain(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return ``state_dict`` of the model as that of a plain one, with the values in the weights."""
+        self.refresh()
+        plain = {name: tensor for name, tensor in state_dict.items() if not is_packed_name(name)}
+        for packed in self.packed.values():
+            if packed.composed:
+                whole = packed.whole()
+                weight = packed.weight
+                for name, tensor in plain.items():
+                    if tensor.data_ptr() == weight.data_ptr() and tensor.shape == weight.shape:
+                        plain[name] = whole
+        return plain
 
     def changed(self) -> float | None:
         """Return the share of packed scalars that differ from the base as the weights' type has them."""

@@ -1,4 +1,4 @@
-r"""FISH: the scalars with the highest Fisher information train, all others stay (arXiv 2111.09839).
+r"""FISH mask: the scalars with the highest Fisher information train, all others stay (arXiv 2111.09839).
 
 Idea
     A weight matters for a task when the likelihood of its examples reacts to it. The diagonal of the Fisher

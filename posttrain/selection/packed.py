@@ -107,6 +107,13 @@ class Packed:
             weight.detach().view(-1)[self.index] = self.values.to(weight.dtype)
             self._written, self.stale = self.values._version, False
 
+    @torch.no_grad()
+    def whole(self) -> torch.Tensor:
+        """Return W with ``values`` put in, as a new tensor."""
+        out = self.weight.detach().clone(memory_format=torch.contiguous_format)
+        out.view(-1)[self.index.to(out.device)] = self.values.to(out.dtype)
+        return out
+
     @property
     def weight(self) -> nn.Parameter:
         """The tensor W itself."""

@@ -46,6 +46,9 @@ When not to use it
     On quantised weights, or with an adapter that is not merged yet: merge it first. Not when you need a
     guarantee: dampening lowers what the data left in these weights; measure how fast it can be relearned.
 
+What to watch
+    The report's share per tensor, and what the retained ability loses; ``search`` does both at once.
+
 Official code
     if-loops/selective-synaptic-dampening: F there is of squared *batch* gradients. What it calls a lower
     bound is the upper bound of 1.

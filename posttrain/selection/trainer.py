@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from accelerate.utils import DistributedType, broadcast, gather_object
+from safetensors.torch import load_file, save_file
 
 from posttrain.checkpointing.resume import CheckpointError, ExactResume
 from posttrain.selection.adamw import SelectiveAdamW
 from posttrain.selection.apply import Selection, apply, is_packed_name
 from posttrain.selection.grow import GrowingSelector, Growth
-from posttrain.selection.packed import SUFFIX, pull_to_base
+from posttrain.selection.packed import pull_to_base
 from posttrain.selection.plan import PlanError, SelectionPlan
 from posttrain.selection.settings import Decay, Select
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from posttrain.selection.selector import Selector
 
 logger = logging.getLogger(__name__)
+
+VALUES_FILE = "selected.safetensors"
+"""In a checkpoint: the packed values by the name of the weight, in fp32."""
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 _OTHER_SELECTION = (
@@ -81,7 +84,7 @@ class SelectionMixin(ExactResume):
         elif not isinstance(plan, SelectionPlan):
             batches = select.batches
             if batches is None and plan.needs == "examples":
-                batches = self.selection_examples(select.examples, plan.groups)
+                batches = self.selection_examples(select.examples)
             plan = plan.select(model, round=select.round, batches=batches)
         self._refuse_difference(plan)
         self._decay, self._age_correction = weight_decay, select.age_correction
@@ -108,13 +111,13 @@ class SelectionMixin(ExactResume):
                 "backend to packed"
             )
 
-    def selection_examples(self, count: int, groups: Sequence[str] = ()) -> Any:
-        """Return batches of one row that a selector may score weights on, by name if groups are asked for.
+    def selection_examples(self, count: int) -> Any:
+        """Return batches of one row that a selector may score weights on.
 
         Raises:
             PlanError: This trainer's data are no examples with labels.
         """
-        del count, groups
+        del count
         raise PlanError(
             "the selector scores weights on examples with labels, and this trainer has none: make the plan "
             "with supervised data ('posttrain plan make'), and give its file to this run"
@@ -278,14 +281,33 @@ class SelectionMixin(ExactResume):
             self._growth.restore(growth, optimizer)
         super().load_extra_state(state)
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            with torch.no_grad():  # packed tensors are then read as the parameters they are
-                return super()._load_from_checkpoint(*args, **kwargs)
-        except RuntimeError as error:
-            if SUFFIX in str(error):
-                raise CheckpointError(_OTHER_SELECTION) from error
-            raise
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_values(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_values(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_values(self, checkpoint: Path) -> None:
+        """Read the packed values, which are finer than the weights of the checkpoint.
+
+        Raises:
+            CheckpointError: The checkpoint has none, or those of another selection.
+        """
+        if self.selection is None or not self.selection.packed:
+            return
+        path = checkpoint / VALUES_FILE
+        saved = load_file(path) if path.is_file() else {}
+        packed = self.selection.packed
+        if {name: values.shape for name, values in saved.items()} != {
+            name: one.values.shape for name, one in packed.items()
+        }:
+            raise CheckpointError(_OTHER_SELECTION)
+        with torch.no_grad():
+            for name, one in packed.items():
+                one.values.copy_(saved[name])
+        self.selection.refresh()
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         self._for_checkpoint = True
@@ -295,9 +317,13 @@ class SelectionMixin(ExactResume):
             self._for_checkpoint = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save; a model that is not part of a checkpoint is a plain one, without packed values."""
-        if self.selection is not None and self.selection.packed and not self._for_checkpoint:
-            self.selection.refresh()
-            whole: Any = self.selection.model.state_dict() if state_dict is None else state_dict
-            state_dict = {name: value for name, value in whole.items() if not is_packed_name(name)}
-        super()._save(output_dir, state_dict)
+        """Save a plain model; a checkpoint also holds the packed values, in a file of their own."""
+        if self.selection is None or not self.selection.packed:
+            super()._save(output_dir, state_dict)
+            return
+        whole: Any = self.selection.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, self.selection.plain(whole))
+        if self._for_checkpoint:
+            folder = Path(str(output_dir or self.args.output_dir))
+            values = {name: one.values.detach().cpu() for name, one in self.selection.packed.items()}
+            save_file(values, folder / VALUES_FILE)

@@ -36,6 +36,9 @@ Composes with
 When not to use it
     Without retain data that resembles what has to stay: G_r is all it knows of that.
 
+What to watch
+    The loss on the retain set: a mask cannot make up for an unlearning loss that runs away.
+
 Official code
     OPTML-Group/WAGLE. It sorts all scores at once (over 100 GB at 7B); here a histogram finds the threshold.
 """

@@ -30,7 +30,9 @@ def plan_for(model, share=0.05, seed=0, whole=()):
     )
 
 
-def sft(folder, selection=None, *, backend="auto", dtype=torch.float32, decay="off", **settings):
+def sft(
+    folder, selection=None, *, backend="auto", dtype=torch.float32, decay="off", held_out=False, **settings
+):
     rows = Dataset.from_dict({"text": [f"say {i} and {i * i}" for i in range(32)]})
     defaults = {
         "output_dir": str(folder),
@@ -52,6 +54,7 @@ def sft(folder, selection=None, *, backend="auto", dtype=torch.float32, decay="o
         model=support.model(tied=True, dtype=dtype),
         args=args,
         train_dataset=rows,
+        eval_dataset=rows if held_out else None,
         processing_class=support.tokenizer(),
     )
     if selection is not None:
@@ -118,7 +121,7 @@ def test_whole_tensors_are_frozen(tmp_path):
     assert moved(trainer, plan) > 0
 
 
-@pytest.mark.parametrize("backend", ["packed", "masked"])
+@pytest.mark.parametrize("backend", ["packed", "composed", "masked"])
 def test_resume_is_exact_and_the_model_saved_is_plain(tmp_path, backend):
     plan = plan_for(support.model(tied=True))
     settings = {"backend": backend, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
@@ -126,18 +129,33 @@ def test_resume_is_exact_and_the_model_saved_is_plain(tmp_path, backend):
     whole.train()
     again = sft(tmp_path / "again", plan, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    for (name, left), (_, right) in zip(
-        whole.model.named_parameters(), again.model.named_parameters(), strict=True
-    ):
-        assert torch.equal(left, right), name
+    left, right = (one.selection.plain(one.model.state_dict()) for one in (whole, again))
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
     again.save_model(str(tmp_path / "model"))
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     again.selection.remove()
-    for name, tensor in plain.named_parameters():
-        assert torch.equal(tensor, dict(again.model.named_parameters())[name]), name
+    for folder in (tmp_path / "model", tmp_path / "again" / "checkpoint-6"):
+        plain, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        for name, tensor in plain.named_parameters():
+            assert torch.equal(tensor, dict(again.model.named_parameters())[name]), name
     other = sft(tmp_path / "other", plan_for(support.model(tied=True), seed=1), **settings)
     with pytest.raises(CheckpointError, match="another selection"):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("backend", ["packed", "masked"])
+def test_the_best_checkpoint_is_what_remains(tmp_path, backend):
+    plan = plan_for(support.model(tied=True))
+    every = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    # the highest loss, so that it is not the last checkpoint
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = sft(tmp_path, plan, backend=backend, max_steps=6, held_out=True, **every, **best)
+    trainer.train()
+    kept = trainer.state.best_model_checkpoint
+    assert not kept.endswith("-6")
+    trainer.end_selection()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(kept).named_parameters():
+        assert torch.equal(tensor, dict(trainer.model.named_parameters())[name]), name
 
 
 def test_clipping_sees_the_masked_norm(tmp_path):
