@@ -6,8 +6,9 @@ Idea
     region, and less of the rest is overwritten.
 
 Formula
-    With the trained weights theta, the SFT loss l of another batch (or the same), hidden states h_{l,t} in
-    R^d of the K = layers + 1 entries of ``output_hidden_states`` and the T positions whose label counts::
+    With the trained weights theta (of a ``selection``: the selected scalars), the SFT loss l of another batch
+    (or the same), hidden states h_{l,t} in R^d of the K = layers + 1 entries of ``output_hidden_states`` and
+    the T positions whose label counts::
 
         theta' = theta + alpha * grad l / ||grad l||_2        one norm over all trained weights
         l_cons = 1/(T K) sum_t sum_l (1/d) || sg(h_{l,t}(theta)) - h_{l,t}(theta') ||_2^2
@@ -44,9 +45,9 @@ Needs
     the copies are those of the adapter; with full fine-tuning, of the model.
 
 Composes with
-    LoRA and full fine-tuning, activation checkpointing (not the reentrant kind), accumulation, packing, DDP,
-    bf16. Refused: float16 (a loss scaler between the two backwards), DeepSpeed and FSDP (sharded weights),
-    streamed data sets with ``ascent_batch="fresh"``, prompt-learning adapters.
+    LoRA, full fine-tuning and ``selection``, activation checkpointing (not the reentrant kind), accumulation,
+    packing, DDP, bf16. Refused: float16 (a loss scaler between the two backwards), DeepSpeed and FSDP
+    (sharded weights), streamed data sets with ``ascent_batch="fresh"``, prompt-learning adapters.
 
 When not to use it
     - When three times the time is not affordable.
@@ -277,7 +278,10 @@ class LfU(Method):
         gradients: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
             loss, list(step.parameters), allow_unused=True
         )
-        return gradients
+        return tuple(
+            None if gradient is None else _only(gradient, step.positions.get(parameter))
+            for parameter, gradient in zip(step.parameters, gradients, strict=True)
+        )
 
     def _compare(self, step: MicroStep, seen: _Seen, valid: torch.Tensor) -> torch.Tensor:
         assert seen.states is not None
@@ -288,6 +292,16 @@ class LfU(Method):
             states = step.decoder(**inputs).hidden_states
         perturbed = [h[valid] for h in self._chosen(states)]
         return consistency(seen.states, perturbed, reduce_hidden=self.reduce_hidden)
+
+
+def _only(gradient: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """Return the gradient of the scalars that train, zero elsewhere."""
+    if positions is None:
+        return gradient
+    flat, kept = gradient.flatten(), torch.zeros_like(gradient).flatten()
+    positions = positions.to(flat.device)
+    kept[positions] = flat[positions]
+    return kept.view_as(gradient)
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:

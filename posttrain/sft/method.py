@@ -18,7 +18,7 @@ To add a method, write one file in ``posttrain/sft/`` with one subclass of :clas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -43,6 +43,8 @@ class MicroStep:
         inputs: The micro-batch on the device: ``input_ids`` (B, T), ``labels`` (B, T) with -100 where nothing
             trains, and what else the model takes.
         parameters: The tensors that train.
+        positions: Flat positions (k,) of the scalars that train, for parameters of which not all do (a
+            selection that is enforced by a mask).
         share: 1 / micro-batches of this optimiser step.
         autocast: Makes the context of the trainer's mixed precision.
         another: Returns another micro-batch of the training data, shuffled on its own, with as many rows.
@@ -55,6 +57,7 @@ class MicroStep:
     decoder: torch.nn.Module
     inputs: dict[str, Any]
     parameters: Sequence[torch.nn.Parameter]
+    positions: Mapping[torch.nn.Parameter, torch.Tensor]
     share: float
     autocast: Callable[[], AbstractContextManager[Any]]
     another: Callable[[], dict[str, Any]]

@@ -123,6 +123,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
             decoder=core.base_model,
             inputs=inputs,
             parameters=parameters,
+            positions={} if self.selection is None else self.selection.positions,
             share=1 / self.current_gradient_accumulation_steps,
             autocast=self.accelerator.autocast,
             another=self._another,

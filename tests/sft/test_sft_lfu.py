@@ -171,11 +171,20 @@ class StopAt(TrainerCallback):
 
 
 def trainer(
-    folder, methods=(), *, adapter=None, cls=SFTTrainer, callbacks=(), dtype=torch.float32, **settings
+    folder,
+    methods=(),
+    *,
+    adapter=None,
+    cls=SFTTrainer,
+    callbacks=(),
+    dtype=torch.float32,
+    model=None,
+    selection=None,
+    **settings,
 ):
-    extra = {} if cls is TRLSFTTrainer else {"methods": methods}
+    extra = {} if cls is TRLSFTTrainer else {"methods": methods, "selection": selection}
     return cls(
-        model=support.model(dtype=dtype),
+        model=support.model(dtype=dtype) if model is None else model,
         args=support.sft_config(folder, **({"max_steps": 3, "max_grad_norm": 0.0} | settings)),
         train_dataset=support.answers(24),
         processing_class=support.tokenizer(),
