@@ -386,6 +386,45 @@ def sparsity(
 
 
 @app.command()
+def s3ft(
+    config: Config,
+    overrides: Overrides = None,
+    *,
+    to: Annotated[
+        Path,
+        typer.Option("--to", help="File to write, rows.jsonl; the counts go beside it.", show_default=False),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Write the training rows of a configuration with an 's3ft' section, without training.
+
+    Own answers stand where the first reward finds them right, rephrasings of the gold answer where those are,
+    gold answers elsewhere. The same command goes on with a job that was stopped, and does nothing when it is
+    done. Train on the rows with data: {source: rows.jsonl}; they are rendered already, so without columns,
+    prompt_template and system_prompt.
+    """
+    with reported_errors("the same command goes on where it stopped"):
+        run_config = load_config(config, overrides)
+        from posttrain.run.rewriting import rewrite_to
+
+        with answers(as_json):
+            result = rewrite_to(run_config, to)
+        if not main_process():
+            return
+        if as_json:
+            print_json(result)
+        else:
+            shares = ", ".join(f"{name} {share:.1%}" for name, share in result["shares"].items())
+            lines = [f"{result['rows']} rows in {result['rows_file']}: {shares}"]
+            for stage, counts in result["outcomes"].items():
+                told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+                lines.append(f"answers of stage {stage}: {told}")
+            for key in ("judge_failed", "retokenised_differently"):
+                lines.append(f"{key.replace('_', ' ')}: {result[key]}")
+            stdout().print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+@app.command()
 def methods(
     name: Annotated[
         str | None,

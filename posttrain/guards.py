@@ -33,7 +33,10 @@ class FiniteGuard(Trainer):
             FloatingPointError: It is not finite; the rows are written down first.
         """
         result = super().compute_loss(model, inputs, *args, **kwargs)
-        loss = result[0] if isinstance(result, tuple) else result
+        self._refuse_nonfinite(result[0] if isinstance(result, tuple) else result, inputs)
+        return result
+
+    def _refuse_nonfinite(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
         if not torch.isfinite(loss.detach()).all():
             path = self._write_rows(inputs)
             raise FloatingPointError(
@@ -41,7 +44,6 @@ class FiniteGuard(Trainer):
                 f"steps; the rows are in {path}. Usual causes: a learning rate that is too high, a broken "
                 "checkpoint, float16 overflow, or a reward or reference that is not finite."
             )
-        return result
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

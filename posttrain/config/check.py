@@ -96,9 +96,8 @@ def _replace(path: KeyPath, data: dict[str, Any], *, again: bool) -> None:
     elif path == ("data", "source"):
         data["data"]["source"] = "reasoning_gym:chain_sum"
     elif path == ("rewards",):
-        data["rewards"] = (
-            [{"name": "verifier"}] if data.get("task") == "rlvr" and not data.get("rewards") else []
-        )
+        needed = data.get("task") == "rlvr" or data.get("s3ft") is not None
+        data["rewards"] = [{"name": "verifier"}] if needed and not data.get("rewards") else []
     elif path[0] == "rewards" and path[2:] in {(), ("name",)}:
         rewards: Any = data["rewards"]
         rewards[path[1]] = {"name": "verifier"}

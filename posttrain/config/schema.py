@@ -8,6 +8,7 @@ are open-ended and checked elsewhere: ``trainer`` against the fields of the TRL 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -251,6 +252,56 @@ class SelectionConfig(Section):
         return self
 
 
+class S3FTConfig(Section):
+    """Own answers and rephrasings in place of gold ones, before supervised training; the first reward judges.
+
+    See :mod:`posttrain.sft.s3ft`.
+    """
+
+    samples: int = Field(default=1, ge=1, description="Own answers per prompt.")
+    select: Literal["logprob", "shortest"] = Field(
+        default="logprob",
+        description="Among several right ones: highest mean log-probability, or fewest tokens.",
+    )
+    paraphrase: bool = Field(default=True, description="Rephrase the gold answer where no own one is right.")
+    paraphrase_template: str = Field(
+        default="{prompt}\n\nA correct answer, as a guide:\n{gold}\n\n"
+        "Now answer in your own words. Do not mention the guide.",
+        description="What the rephrasing is asked with: fields {prompt} and {gold}.",
+    )
+    leak_pattern: str | None = Field(
+        default=None,
+        description="Regular expression; a rephrasing in which it is found is not right: '(?i)the guide'.",
+    )
+    threshold: float = Field(
+        default=1.0, description="Score of the first reward from which an answer is right."
+    )
+    temperature: float = Field(default=0.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(
+        default=512, ge=1, description="Longest answer; one that is cut there is not right."
+    )
+    batch_size: int = Field(
+        default=64, ge=1, description="Sequences generated together; as many rows are written down together."
+    )
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> S3FTConfig:
+        if self.samples > 1 and self.temperature == 0:
+            raise _refuse(
+                "temperature",
+                f"temperature 0 gives the same answer {self.samples} times: set one above 0, or samples: 1",
+            )
+        try:
+            re.compile(self.leak_pattern or "")
+        except re.error as error:
+            raise _refuse("leak_pattern", f"this is not a regular expression: {error}") from None
+        if "{gold}" not in self.paraphrase_template or "{prompt}" not in self.paraphrase_template:
+            raise _refuse("paraphrase_template", "the template needs the fields {prompt} and {gold} in it")
+        return self
+
+
 class WarmStartConfig(Section):
     """Supervised fine-tuning on the source's own answers before reinforcement learning."""
 
@@ -285,6 +336,10 @@ class RunConfig(Section):
     selection: SelectionConfig | None = Field(
         default=None, description="Which weights train; all that are trainable when unset."
     )
+    s3ft: S3FTConfig | None = Field(
+        default=None,
+        description="Rewrite the training rows first (task sft): own answers where they are right.",
+    )
     warm_start: WarmStartConfig | None = None
     evaluate: EvaluateConfig | None = None
     export: ExportConfig | None = None
@@ -305,16 +360,25 @@ class RunConfig(Section):
                 "rewards",
                 "task 'rlvr' needs at least one entry under 'rewards', for example rewards: [verifier]",
             )
-        if self.evaluate is not None and self.rewards and self.rewards[0].name == "soft_overlong":
+        judged = self.evaluate is not None or self.s3ft is not None
+        if judged and self.rewards and self.rewards[0].name == "soft_overlong":
             raise _refuse(
                 "rewards",
-                "the first reward decides what is correct in the evaluation, and soft_overlong only counts "
+                "the first reward decides what is correct, and soft_overlong only counts "
                 "tokens: list it after the reward that judges the answer",
             )
-        if self.task == "sft" and self.rewards and self.evaluate is None:
+        if self.s3ft is not None and self.task != "sft":
+            raise _refuse("s3ft", "s3ft rewrites supervised data: set task: sft, or drop the section")
+        if self.s3ft is not None and not self.rewards:
             raise _refuse(
                 "rewards",
-                "'rewards' in an sft run only serve the evaluation: add an 'evaluate' section or drop them",
+                "s3ft needs a judge: add a reward that knows the answers, for example rewards: [verifier]",
+            )
+        if self.task == "sft" and self.rewards and self.evaluate is None and self.s3ft is None:
+            raise _refuse(
+                "rewards",
+                "'rewards' in an sft run only serve the evaluation and s3ft: add an 'evaluate' section or "
+                "drop them",
             )
         return self
 

@@ -112,7 +112,7 @@ def apply_template(table: Table, template: str, aliases: Mapping[str, str]) -> T
         "".join(text + (_written(columns[name][index]) if name else "") for text, name in pieces)
         for index in range(len(table.dataset))
     ]
-    return Table(_put_column(table.dataset, "prompt", prompts), table.place, table.lines, table.notes)
+    return Table(put_column(table.dataset, "prompt", prompts), table.place, table.lines, table.notes)
 
 
 def render(dataset: Dataset, tokenizer: Any, config: DataConfig) -> Dataset:
@@ -159,11 +159,11 @@ def render(dataset: Dataset, tokenizer: Any, config: DataConfig) -> Dataset:
         opening = config.system_prompt if name in ("prompt", "messages") else None
         role = "assistant" if name == "completion" else "user"
         converted = [_messages(value, role, opening, index) for index, value in enumerate(dataset[name][:])]
-        dataset = _put_column(dataset, name, converted)
+        dataset = put_column(dataset, name, converted)
     return dataset
 
 
-def _put_column(dataset: Dataset, name: str, values: list[Any]) -> Dataset:
+def put_column(dataset: Dataset, name: str, values: list[Any]) -> Dataset:
     """Replace a column where it stands, or put a new one first."""
     order = dataset.column_names if name in dataset.column_names else [name, *dataset.column_names]
     # the old column goes last: a table that loses its only column forgets how many rows it has

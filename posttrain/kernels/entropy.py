@@ -67,20 +67,14 @@ class _EntropyGradient(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=summed) if ctx.needs_input_grad[2] else None
         grad_bias = torch.zeros_like(bias, dtype=summed) if ctx.needs_input_grad[3] else None
         for rows, z in tempered_tiles(hidden, weight, bias, *ctx.settings):
-            factor = grads[0][rows].to(summed) * (logit_scale / temperature)
-            bend = None if softcap is None else 1 - (z * (temperature / softcap)) ** 2
-            z.sub_(z.logsumexp(dim=-1, keepdim=True))
-            slope = z.exp()
-            z.clamp_(min=-1e30)  # a logit of -inf has p = 0 and no slope
-            entropy = -torch.linalg.vecdot(slope, z)
-            slope.mul_(z.add_(entropy.unsqueeze(1))).mul_(-factor.unsqueeze(1))
-            if bend is not None:
-                slope.mul_(bend)
+            factors = grads[0][rows].to(summed) * (-logit_scale / temperature)
+            for row, factor in zip(z, factors, strict=True):
+                _to_slope(row, factor, None if softcap is None else temperature / softcap)
             if grad_bias is not None:
-                grad_bias += slope.sum(dim=0)
-            grad_hidden[rows] = project(slope, weight.t(), tile).to(hidden.dtype)
+                grad_bias += z.sum(dim=0)
+            grad_hidden[rows] = project(z, weight.t(), tile).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight.addmm_(slope.t(), hidden[rows].to(summed))
+                grad_weight.addmm_(z.t(), hidden[rows].to(summed))
         return (
             None,
             grad_hidden,
@@ -88,3 +82,14 @@ class _EntropyGradient(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
         )
+
+
+def _to_slope(z: torch.Tensor, factor: torch.Tensor, per_cap: float | None) -> None:
+    """Overwrite the (V,) tempered logits of a token with factor * p (log p + H); a row fits the cache."""
+    bend = None if per_cap is None else 1 - (z * per_cap) ** 2
+    z.sub_(z.logsumexp(dim=-1))
+    p = z.exp()
+    z.clamp_(min=-1e30)  # a logit of -inf has p = 0 and no slope
+    z.sub_(torch.dot(p, z)).mul_(p).mul_(factor)
+    if bend is not None:
+        z.mul_(bend)

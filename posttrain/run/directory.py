@@ -8,6 +8,7 @@
     RUN/completions.jsonl   sampled completions with rewards and the status of the first reward
     RUN/checkpoints/        checkpoint-N folders, each complete
     RUN/selection.safetensors  which weights train, where not all do
+    RUN/s3ft.jsonl          training rows with own answers; counts in s3ft.statistics.json
     RUN/warm_start/         the same layout for the supervised stage, and its model
     RUN/evaluation.json     before, after and their difference
     RUN/export/             adapter, merged weights or full model
@@ -76,6 +77,11 @@ class RunDirectory:
     def selection(self) -> Path:
         """The plan of which weights train."""
         return self.root / "selection.safetensors"
+
+    @property
+    def s3ft(self) -> Path:
+        """Training rows in which own answers stand for gold ones."""
+        return self.root / "s3ft.jsonl"
 
     @property
     def evaluation(self) -> Path:

@@ -41,7 +41,7 @@ def make_plan(config: RunConfig) -> SelectionPlan:
         if select.what.needs == "examples":
             trainer = _trainer(config, model, tokenizer)
             model = trainer.accelerator.unwrap_model(trainer.model)
-            batches = trainer.selection_examples(select.examples)
+            batches = trainer.selection_examples(select.examples, select.what.groups)
         elif config.model.adapter is not None:
             from peft import get_peft_model
 

@@ -66,6 +66,8 @@ def _identity(config: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
     parts = {"task": config["task"], "model": model, "data": config["data"], "rewards": rewards}
     parts["methods"] = config["methods"]
     parts["selection"] = config.get("selection")  # a run of an earlier version had none
+    rewriting = config.get("s3ft")
+    parts["s3ft"] = rewriting and {key: value for key, value in rewriting.items() if key != "batch_size"}
     if run.warm_start.model.exists():
         parts["warm_start"] = config["warm_start"]
     return parts

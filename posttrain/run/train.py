@@ -10,13 +10,10 @@ import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from rich.console import Console
 from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, SFTConfig
 
@@ -27,7 +24,6 @@ from posttrain.config.tasks import TASKS
 from posttrain.data.length import apply_length_policy
 from posttrain.data.load import LoadedData, load_data, load_warm_start
 from posttrain.data.prompts import render
-from posttrain.errors import describe, is_request_error
 from posttrain.evaluation.results import Evaluation, compare
 from posttrain.models.adapter import build_peft_config
 from posttrain.models.load import is_untrained, load_model
@@ -39,12 +35,13 @@ from posttrain.run.evaluating import check_context, evaluate_model, evaluation_s
 from posttrain.run.held_out import HeldOutEvaluation
 from posttrain.run.manifest import build_manifest
 from posttrain.run.publish import publish
+from posttrain.run.ranks import Ranks
 from posttrain.run.result import RunResult
 from posttrain.run.resuming import check_continuation
+from posttrain.run.rewriting import Rewriting
 from posttrain.run.trainers import build_selection, grpo_trainer, run_training, sft_trainer, trl_config
 from posttrain.selection.plan import PlanError
-
-T = TypeVar("T")
+from posttrain.sft.s3ft import check_columns
 
 
 def train(
@@ -68,7 +65,7 @@ def train(
     run = RunDirectory(Path(config.run_dir).expanduser())
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    ranks = _Ranks()
+    ranks = Ranks()
     hold_again: list[Callable[[], None]] = []
     with contextlib.ExitStack() as stack:
 
@@ -85,38 +82,6 @@ def train(
         return _Run(config, run, ranks, resume=resume, command=command, clear=clear).carry_out()
 
 
-class _Ranks:
-    """The processes of a run, one of which writes."""
-
-    def __init__(self) -> None:
-        self.state = PartialState(cpu=not torch.accelerator.is_available())
-        self.console = Console(stderr=True, soft_wrap=True)
-
-    def say(self, text: str) -> None:
-        """Print a line on stderr, once."""
-        if self.state.is_main_process:
-            self.console.print(text, highlight=False, markup=False)
-
-    def on_main(self, action: Callable[[], T]) -> T:
-        """Do something on the main process; all ranks get its result, or fail when it failed."""
-        outcome: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self.state.is_main_process:
-            try:
-                outcome[0] = action()
-            except Exception as error:  # raised below, once the others know
-                failure, outcome[1] = error, (is_request_error(error), describe(error))
-        if self.state.num_processes > 1:
-            broadcast_object_list(outcome)
-        if failure is not None:
-            raise failure
-        if outcome[1] is not None:
-            wrong_request, text = outcome[1]
-            raise RunError(text) if wrong_request else RuntimeError(f"the main process failed: {text}")
-        result: T = outcome[0]
-        return result
-
-
 class _Run:
     """The steps of one run, in order, with what they share."""
 
@@ -124,7 +89,7 @@ class _Run:
         self,
         config: RunConfig,
         run: RunDirectory,
-        ranks: _Ranks,
+        ranks: Ranks,
         *,
         resume: bool,
         command: str | None,
@@ -150,8 +115,13 @@ class _Run:
             held_out, longest = (None, 0) if data.eval is None else self._prepare("held-out", data.eval)
             if config.evaluate is not None and config.rewards:
                 check_context(config, model, longest)
+            if config.s3ft is not None:
+                check_columns(train_rows.column_names)
             self.on_main(lambda: self._describe(data))
             model = self._warm_started(model, data)
+            if config.s3ft is not None:
+                job = Rewriting(config.s3ft, model, self.tokenizer, rewards[0], self.run.s3ft, self.ranks)
+                train_rows = job.carry_out(train_rows)
             before = self._evaluated("before", 0, model, held_out, rewards)
             trainer = self._trainer(model, train_rows, held_out, rewards)
             self._train(trainer)

@@ -27,7 +27,7 @@ a checkpoint is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def write_delta(
     writer = DeltaWriter(old_values=old_values)
     with Checkpoint(base, revision=revision) as first, Checkpoint(tuned) as second:
         tied = tied_heads([first, second])
-        names = _same_tensors(first, second, tied)
+        names = same_tensors(first, second, tied)
         elements = sum(first.tensors[name].elements for name in names)
         cast: dict[str, str] = {}
         changed = 0
@@ -197,19 +197,26 @@ def merge_deltas(
         )
 
 
+def aligned_blocks(
+    first: Checkpoint, second: Checkpoint, name: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the two sides of a tensor block by block, flat, both in the second's type."""
+    a, b = first.tensors[name], second.tensors[name]
+    for one, two in zip(first.blocks(name), second.blocks(name), strict=True):
+        yield to_type(one, a.dtype, b.dtype, name).reshape(-1), two.reshape(-1)
+
+
 def _compare(first: Checkpoint, second: Checkpoint, name: str, *, keep_old: bool) -> tuple[Entry, str, str]:
     """Return the changed elements of a tensor, and the hashes of the two sides in the second's type."""
-    a, b = first.tensors[name], second.tensors[name]
+    b = second.tensors[name]
     where: list[torch.Tensor] = []
     values, old = [], []
     offset = 0
-    for one, two in zip(first.blocks(name), second.blocks(name), strict=True):
-        one = to_type(one, a.dtype, b.dtype, name)
+    for one, two in aligned_blocks(first, second, name):
         if not where:
             before, after = (StreamedHash(two.dtype, b.shape) for _ in range(2))
         before.add(one)
         after.add(two)
-        one, two = one.reshape(-1), two.reshape(-1)
         here = (bits(one) != bits(two)).nonzero().flatten()
         where.append(here + offset)
         values.append(two[here])
@@ -250,7 +257,12 @@ def _sum(base: torch.Tensor, parts: Sequence[tuple[Entry, float]], name: str) ->
     return result.view(base.shape)
 
 
-def _same_tensors(first: Checkpoint, second: Checkpoint, tied: dict[str, str]) -> list[str]:
+def same_tensors(first: Checkpoint, second: Checkpoint, tied: dict[str, str]) -> list[str]:
+    """Return the names of the tensors of two checkpoints of one model, tied heads left out.
+
+    Raises:
+        DeltaError: They are of different models: a tensor is missing, or has another shape.
+    """
     a, b = first.tensors.keys() - tied.keys(), second.tensors.keys() - tied.keys()
     odd = sorted(a ^ b)
     if odd:

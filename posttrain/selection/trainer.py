@@ -19,6 +19,8 @@ from posttrain.selection.plan import PlanError, SelectionPlan
 from posttrain.selection.settings import Decay, Select
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from posttrain.selection.selector import Selector
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ class SelectionMixin(ExactResume):
         elif not isinstance(plan, SelectionPlan):
             batches = select.batches
             if batches is None and plan.needs == "examples":
-                batches = self.selection_examples(select.examples)
+                batches = self.selection_examples(select.examples, plan.groups)
             plan = plan.select(model, round=select.round, batches=batches)
         self._refuse_difference(plan)
         self._decay, self._age_correction = weight_decay, select.age_correction
@@ -111,13 +113,13 @@ class SelectionMixin(ExactResume):
                 "backend to packed"
             )
 
-    def selection_examples(self, count: int) -> Any:
-        """Return batches of one row that a selector may score weights on.
+    def selection_examples(self, count: int, groups: Sequence[str] = ()) -> Any:
+        """Return batches of one row that a selector may score weights on, by name if groups are asked for.
 
         Raises:
             PlanError: This trainer's data are no examples with labels.
         """
-        del count
+        del count, groups
         raise PlanError(
             "the selector scores weights on examples with labels, and this trainer has none: make the plan "
             "with supervised data ('posttrain plan make'), and give its file to this run"

@@ -1,13 +1,15 @@
 """The method protocol of supervised fine-tuning.
 
 A method is a pure function and a small class that wires it to the micro-step. The class is a pydantic model:
-its fields are the configuration, and they can be read without importing torch. Two hooks, both around what
-TRL does by itself:
+its fields are the configuration, and they can be read without importing torch. The hooks are around what TRL
+does by itself:
 
 ==============  =======================================  =============================================
 hook            when                                     what it is for
 ==============  =======================================  =============================================
+counts          before the micro-steps of a step         numbers of the whole optimiser step
 around          around TRL's forward and backward        watching or changing the forward
+loss            after the forward                        another loss in place of TRL's
 after_backward  when TRL's gradient is in ``.grad``      adding the gradient of another loss
 ==============  =======================================  =============================================
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -51,6 +53,9 @@ class MicroStep:
         backward: Adds the gradient of a loss, mean over ranks, to that of the trainer; None is a loss of 0.
             Collective: every rank calls it as often.
         gauges: Where a method logs numbers.
+        columns: (B,) values of the dataset columns that methods ask for, -1 for a missing value.
+        totals: Per method, :meth:`Method.counts` summed over the micro-batches of this optimiser step and
+            over ranks.
     """
 
     model: torch.nn.Module
@@ -63,6 +68,8 @@ class MicroStep:
     another: Callable[[], dict[str, Any]]
     backward: Callable[[torch.Tensor | None], None]
     gauges: Gauges
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    totals: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Method(BaseModel):
@@ -77,6 +84,17 @@ class Method(BaseModel):
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str | None] = None
+    replaces_loss: ClassVar[bool] = False
+    """Whether :meth:`loss` takes the place of TRL's loss; one method of a run may."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the training data that the method reads, one number per row (`MicroStep.columns`).
+
+        ``reference_nll`` is computed by the trainer instead: the mean token NLL of the rows whose ``forget``
+        is true under the model as training begins, dropout off.
+        """
+        return ()
 
     @property
     def neutral(self) -> bool:
@@ -92,6 +110,24 @@ class Method(BaseModel):
         """Yield what in ``setup`` does not go with this method. Called before anything is loaded."""
         del setup
         return iter(())
+
+    def counts(self, inputs: Mapping[str, Any], columns: Mapping[str, torch.Tensor]) -> Sequence[float]:
+        """Return numbers of one micro-batch, as many in each, to be summed; see :attr:`MicroStep.totals`."""
+        del inputs, columns
+        return ()
+
+    def loss(self, step: MicroStep, outputs: Any) -> torch.Tensor:
+        """Return the loss of a method that :attr:`replaces_loss`, 0-dim.
+
+        Args:
+            step: The micro-step.
+            outputs: Of the forward: ``log_probs`` (B, T - 1), 0 where no label counts, and ``label_mask``.
+
+        Returns:
+            This micro-batch's part of the loss of the optimiser step: parts are added up over micro-batches
+            and ranks, so divide by :attr:`MicroStep.totals`.
+        """
+        raise NotImplementedError
 
     def around(self, step: MicroStep) -> AbstractContextManager[Any]:
         """Return a context for TRL's forward and backward of this micro-batch."""

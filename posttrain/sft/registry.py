@@ -10,7 +10,7 @@ import posttrain.sft
 from posttrain import find_methods
 from posttrain.sft.method import Method
 
-_MACHINERY = frozenset({"trainer", "method", "registry"})
+_MACHINERY = frozenset({"trainer", "method", "registry", "s3ft"})
 
 
 @functools.cache

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from peft import PeftModel
 from trl import SFTConfig
@@ -22,6 +22,7 @@ from posttrain.rl.method import Setup
 from posttrain.selection.plan import PlanError
 from posttrain.selection.trainer import SelectionMixin
 from posttrain.sft.method import Method, MicroStep
+from posttrain.sft.unlearn import row_nll
 
 if TYPE_CHECKING:
     from posttrain.selection.plan import SelectionPlan
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from posttrain.selection.settings import Select
 
 logger = logging.getLogger(__name__)
+
+_REFERENCE = "reference_nll"
 
 
 class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
@@ -59,14 +62,22 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
     ) -> None:
         self.methods: tuple[Method, ...] = tuple(methods)
         self._active = tuple(method for method in self.methods if not getattr(method, "neutral", False))
+        self._replacing = next((m for m in self._active if getattr(m, "replaces_loss", False)), None)
+        self._columns: tuple[str, ...] = ()
+        self._open: MicroStep | None = None
+        self._totals: dict[str, torch.Tensor] = {}
+        self._reference: float | None = None
         given = inspect.signature(TRLSFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
         adapter = isinstance(given.get("model"), PeftModel) or given.get("peft_config") is not None
         check_methods(self.methods, given.get("args"), adapter=adapter)
         self._draws = 0
         self._gauges = Gauges()
+        self._columns = tuple(dict.fromkeys(name for method in self._active for name in method.columns))
         super().__init__(*args, **kwargs)
         if self._active:
             self._refuse_late()
+        if self._columns:
+            self._take_columns()
         self.start_selection(selection)
 
     def _refuse_late(self) -> None:
@@ -87,7 +98,107 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
                 "or use the batch that trains (lfu.ascent_batch: same)"
             )
 
+        if self._replacing is not None and self.aux_loss_enabled:
+            raise ValueError(
+                f"{self._replacing.name} replaces the loss, and with it the router loss of this model: set "
+                "model.config.output_router_logits to false"
+            )
+
+    # ---- columns ----------------------------------------------------------------------------------------
+
+    def _take_columns(self) -> None:
+        """Let the columns that methods read through to the micro-step."""
+        names = ", ".join(method.name for method in self._active if method.columns)
+        rows: Any = self.train_dataset
+        found = rows.column_names
+        for name in self._columns:
+            if name != _REFERENCE and found is not None and name not in found:
+                raise ValueError(
+                    f"{names} reads the column {name!r} of the training data, found {', '.join(found)}: add "
+                    f"it (true or false), or rename yours with data.columns: {{{name}: YOURS}}"
+                )
+        if _REFERENCE in self._columns:
+            if not isinstance(rows, Dataset):
+                raise ValueError(
+                    f"{names} scores every row first, which a stream cannot give: load it in full"
+                )
+            self.train_dataset = self._with_reference(rows)
+        self.data_collator = _WithColumns(self.data_collator, self._columns)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        known: list[str] = self._signature_columns or []
+        self._signature_columns: Any = [*known, *(name for name in self._columns if name not in known)]
+
+    def _with_reference(self, rows: Dataset) -> Dataset:
+        """Return the rows with their mean token NLL under the model as it is now; see Method.columns."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        wanted = [place for place, forget in enumerate(rows["forget"]) if forget]
+        own, size = wanted[rank::ranks], self.args.per_device_train_batch_size
+        inputs = self._remove_unused_columns(rows, description="training")
+        model: Any = self.model
+        training, values = model.training, []
+        model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            for start in range(0, len(own), size):
+                picked = [inputs[place] for place in own[start : start + size]]
+                batch = self._prepare_inputs(self.data_collator(picked))
+                outputs = model(**batch | {"use_cache": False}, fused_lm_head=True)
+                values += row_nll(outputs.log_probs, outputs.label_mask).tolist()
+        model.train(training)
+        found = gather_object(list(zip(own, values, strict=True)))
+        scores = [0.0] * len(rows)
+        for place, value in found:
+            scores[place] = value
+        self._reference = sum(scores) / max(len(wanted), 1)
+        if _REFERENCE in rows.column_names:
+            rows = rows.remove_columns(_REFERENCE)
+        return rows.add_column(_REFERENCE, scores)
+
+    def _split_columns(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        columns = {name: inputs[name] for name in self._columns if name in inputs}
+        return {name: value for name, value in inputs.items() if name not in columns}, columns
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the micro-batches of an optimiser step, having counted what methods want counted."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        for method in self._active:
+            counts = [method.counts(*self._split_columns(batch)) for batch in samples]
+            if counts and len(counts[0]):
+                local = torch.tensor(counts, dtype=torch.float64).sum(dim=0).float()
+                self._totals[method.name] = self.accelerator.reduce(local.to(self.args.device), "sum")
+        return samples, items
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """One evaluation batch, by TRL's own loss."""
+        return super().prediction_step(model, self._split_columns(inputs)[0], *args, **kwargs)
+
     # ---- micro-step -------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss and metrics; in training the loss of the method that replaces it."""
+        if self._replacing is None or self._open is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with _kept_outputs(model) as kept:
+            super().compute_loss(model, inputs, False, num_items_in_batch)
+        outputs = kept[-1]
+        if not outputs.log_probs.requires_grad:
+            raise ValueError(
+                f"{self._replacing.name} replaces the loss, and compute_loss_func or label smoothing would "
+                "too: use one of them"
+            )
+        self._gauges.enter(self._replacing.name)
+        loss = self._replacing.loss(self._open, outputs) * self.accelerator.num_processes
+        if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
+            loss = loss * self.current_gradient_accumulation_steps  # transformers divides by it
+        self._refuse_nonfinite(loss, inputs)
+        return loss
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -98,6 +209,8 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         step = self._micro_step(model, self._prepare_inputs(inputs))
         with ExitStack() as stack:
             seen = [stack.enter_context(method.around(step)) for method in self._active]
+            self._open = step
+            stack.callback(setattr, self, "_open", None)
             loss = super().training_step(model, step.inputs, num_items_in_batch)
         for method, watched in zip(self._active, seen, strict=True):
             self._gauges.enter(method.name)
@@ -115,6 +228,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         return loss
 
     def _micro_step(self, model: Any, inputs: dict[str, Any]) -> MicroStep:
+        inputs, columns = self._split_columns(inputs)
         policy = self.accelerator.unwrap_model(model)
         core: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -129,6 +243,8 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
             another=self._another,
             backward=functools.partial(self._add_gradient, parameters),
             gauges=self._gauges,
+            columns=columns,
+            totals=self._totals,
         )
 
     def _add_gradient(self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor | None) -> None:
@@ -151,18 +267,38 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
                 else:
                     parameter.grad.add_(gradient)
 
-    def selection_examples(self, count: int) -> list[dict[str, Any]]:
+    def selection_examples(self, count: int, groups: Sequence[str] = ()) -> Any:
         """Return batches of one row each: the first ``count`` of a shuffle, the same on every rank.
 
+        Args:
+            count: How many, of each group.
+            groups: ``("forget", "retain")`` for two sets by name, as the column ``forget`` has it.
+
         Raises:
-            PlanError: The data are a stream.
+            PlanError: The data are a stream, or have no such column.
         """
         if not isinstance(self.train_dataset, Dataset):
             raise PlanError(
                 "examples for a selector cannot be drawn from a stream: load the data set in full"
             )
         rows, order = self._own_rows, self._order(0)
-        return [self._prepare_inputs(self.data_collator([rows[int(place)]])) for place in order[:count]]
+
+        def taken(places: Sequence[int]) -> list[dict[str, Any]]:
+            batches = [self._prepare_inputs(self.data_collator([rows[place]])) for place in places[:count]]
+            return [self._split_columns(batch)[0] for batch in batches]
+
+        if not groups:
+            return taken(order.tolist())
+        if tuple(groups) != ("forget", "retain") or "forget" not in self.train_dataset.column_names:
+            raise PlanError(
+                f"the selector compares examples of {', '.join(groups)}: mark the rows of the training data "
+                f"with a column 'forget' (true or false), found {', '.join(self.train_dataset.column_names)}"
+            )
+        marks = self.train_dataset["forget"][:]
+        return {
+            name: taken([place for place in order.tolist() if marks[place] is wanted])
+            for name, wanted in (("forget", True), ("retain", False))
+        }
 
     def _another(self) -> dict[str, Any]:
         """Return the next micro-batch of a shuffle of the training data that is not the trainer's."""
@@ -172,8 +308,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         rows = self._own_rows
         picked = [divmod(position, len(rows)) for position in range(start, start + size)]
         batch = self.data_collator([rows[int(self._order(epoch)[place])] for epoch, place in picked])
-        prepared: dict[str, Any] = self._prepare_inputs(batch)
-        return prepared
+        return self._split_columns(self._prepare_inputs(batch))[0]
 
     @functools.cached_property
     def _own_rows(self) -> Any:
@@ -194,6 +329,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
             **super().extra_state(),
             "methods": [method.name for method in self.methods],
             "draws": self._draws,
+            "reference": self._reference,
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -209,7 +345,48 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
                 "same methods, or start a new run"
             )
         self._draws = state.pop("draws", 0)
+        reference = state.pop("reference", None)
+        if (reference is None) != (self._reference is None) or abs(
+            (reference or 0) - (self._reference or 0)
+        ) > 1e-2:
+            raise ValueError(
+                f"the reference scores of the forget rows are {self._reference} on average, the checkpoint "
+                f"was written with {reference}: build the trainer with the model that training began with"
+            )
         super().load_extra_state(state)
+
+
+class _WithColumns:
+    """A collator that adds columns, as (B,) tensors, to what another one makes of the rest."""
+
+    def __init__(
+        self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], columns: Sequence[str]
+    ) -> None:
+        self.collator, self.columns = collator, columns
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator([{k: v for k, v in row.items() if k not in self.columns} for row in rows])
+        for name in self.columns:
+            if all(name in row for row in rows):
+                values = [-1 if row[name] is None else row[name] for row in rows]
+                batch[name] = torch.tensor([float(value) for value in values])
+        return batch
+
+
+@contextmanager
+def _kept_outputs(model: torch.nn.Module) -> Iterator[list[Any]]:
+    """Give the outputs of each forward of ``model`` meanwhile."""
+    kept: list[Any] = []
+
+    def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+        del module, args
+        kept.append(output)
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
 
 
 def check_methods(methods: Sequence[Method], config: Any, *, adapter: bool) -> None:
@@ -224,6 +401,9 @@ def check_methods(methods: Sequence[Method], config: Any, *, adapter: bool) -> N
     names = tuple(method.name for method in methods)
     if len(set(names)) < len(names):
         raise ValueError(f"each method may be given once, found {', '.join(names)}")
+    replacing = [method.name for method in methods if method.replaces_loss and not method.neutral]
+    if len(replacing) > 1:
+        raise ValueError(f"one method may replace the loss, found {', '.join(replacing)}")
     fields = {name: entry.default for name, entry in SFTConfig.__dataclass_fields__.items()}
     setup = Setup(
         trainer=fields if config is None else vars(config),

@@ -24,6 +24,7 @@ On a GPU (about 60 GB of memory and 3 minutes; nothing is downloaded)::
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -184,6 +185,13 @@ def times(
     return clocks, {arm: _gauges(trainer) for arm, trainer in trainers.items()}
 
 
+def _release() -> None:
+    """Give back what trainers of the last case held, which refer to each other in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _gauges(trainer: Any) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for row in trainer.state.log_history:
@@ -205,18 +213,19 @@ def peak(arm: str, case: dict[str, str], options: argparse.Namespace) -> dict[st
 def compare(arms: list[str], case: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
     """Return what is reported of one case, by arm."""
     every = STEPS_PER_ROLLOUT[case["schedule"]]
+    memory = {}  # first, while this process holds nothing on the device
+    if not options.no_memory:
+        calls = [("--peak", json.dumps([arm, case])) for arm in arms]
+        memory = dict(zip(arms, in_own_processes(calls), strict=True))
     with tempfile.TemporaryDirectory() as folder:
         clocks, gauges = times(arms, case, options, Path(folder))
+    _release()
 
     def blocks(measured: list[tuple[float, float]], clock: int) -> list[float]:
         kept = [pair[clock] for pair in measured[options.warmup * every :]]
         return [sum(kept[i : i + every]) for i in range(0, len(kept), every)]
 
     names = {"seconds": 0} if torch.cuda.is_available() else {"seconds": 0, "processor_seconds": 1}
-    memory = {}
-    if not options.no_memory:
-        calls = [("--peak", json.dumps([arm, case])) for arm in arms]
-        memory = dict(zip(arms, in_own_processes(calls), strict=True))
     found: dict[str, Any] = {}
     for arm in arms:
         found[arm] = row = {"gauges": gauges[arm]} if gauges[arm] else {}

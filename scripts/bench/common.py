@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +142,9 @@ def _status(name: str) -> int:
 def in_own_processes(calls: Sequence[Sequence[str]]) -> list[Any]:
     """Run this script once more per call, with these arguments added; return the JSON on each last line.
 
-    With a GPU all run at once, because starting takes longest there and memory is counted by process.
+    One after the other: on a GPU they share its memory, with what this process holds besides.
     """
-    with ThreadPoolExecutor(len(calls) if torch.cuda.is_available() else 1) as pool:
-        return list(pool.map(_in_own_process, calls))
+    return [_in_own_process(call) for call in calls]
 
 
 def _in_own_process(arguments: Sequence[str]) -> Any:
