@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from posttrain.selection.adamw import SelectiveAdamW
     from posttrain.selection.apply import Selection
 
-_LAST = -1e37
-"""What a score of -inf becomes: legal, but after every other one."""
+LAST = -1e30
+"""The score that comes after every other one; the sum of a block of them is still a number."""
 
-_TAKEN = -3e38
+_TAKEN = -2e30
 """Score of what is released already; never taken, as no more is asked for than is left."""
 
 _GPU_BLOCK = 1 << 24
@@ -75,7 +75,10 @@ class GrowingSelector(ElementSelector):
         )
 
     def score(self, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the fp32 scores of (n,) scalars, higher is better; -inf is legal and comes last."""
+        """Return the fp32 scores of (n,) scalars, from :data:`LAST` (no gradient) up; higher is better.
+
+        Called with blocks of flattened tensors; the result is a new tensor.
+        """
         raise NotImplementedError
 
     def released(self, steps: int, total_steps: int, budget: int) -> int:
@@ -116,11 +119,11 @@ def best(
 ) -> dict[str, torch.Tensor]:
     """Return the ``count`` scalars with the highest scores among those that are not taken.
 
-    Ties, and scalars whose score is -inf (no gradient), are taken by (order of the tensors, flat position).
+    Ties are taken by (order of the tensors, flat position).
 
     Args:
         score: See :meth:`GrowingSelector.score`.
-        parameters: Tensors with their ``grad``; one without a gradient scores -inf.
+        parameters: Tensors with their ``grad``; one without a gradient comes last.
         taken: Sorted flat positions by name; a tensor may be missing.
         count: At most the number of scalars that are not taken.
 
@@ -129,7 +132,7 @@ def best(
 
     Raises:
         ValueError: Fewer than ``count`` scalars are left.
-        FloatingPointError: A score is NaN or +inf; the message names tensor and position.
+        FloatingPointError: A score is not finite; the message names tensor and position.
     """
     left = sum(p.numel() for p in parameters.values()) - sum(len(index) for index in taken.values())
     if count > left:
@@ -147,9 +150,9 @@ def _scores(
 
     def read(start: int, stop: int) -> torch.Tensor:
         if gradient is None:
-            scores = torch.full((stop - start,), _LAST, device=weight.device)
+            scores = torch.full((stop - start,), LAST, device=weight.device)
         else:
-            scores = score(gradient[start:stop], weight[start:stop]).clamp_(min=_LAST)
+            scores = score(gradient[start:stop], weight[start:stop])
         if taken is not None and len(taken):
             edges = torch.tensor([start, stop], dtype=taken.dtype, device=taken.device)
             first, end = torch.searchsorted(taken, edges).tolist()

@@ -14,9 +14,9 @@ Formula
 
     At step t the u_t scalars with the highest H over *all* candidate tensors are released, and then AdamW
     moves everything that is released. ``d3_exp=0`` ranks by gradient alone, as a Fisher score does; a large
-    one by smallness alone, as PaFi does; a negative one favours large weights. Ranked is
-    log|g| - d3_exp log(|theta| + d3_eps) in fp32, which neither over- nor underflows; a gradient of 0 comes
-    last. Equal scores go to the first (tensor, flat position).
+    one by smallness alone, as PaFi does; a negative one favours large weights. Ranked in fp32 is H itself for
+    d3_exp 0 and 1, else log|g| - d3_exp log(|theta| + d3_eps), which neither over- nor underflows. A gradient
+    of 0 comes last; equal scores go to the first (tensor, flat position).
 
 Defaults and where they come from
     d3_exp 1 and even releases (paper and code); d3_eps 1e-3 (the authors' examples; the paper saw no
@@ -57,7 +57,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from posttrain._lazy import torch
-from posttrain.selection.grow import GrowingSelector
+from posttrain.selection.grow import LAST, GrowingSelector
 from posttrain.selection.selector import Budget
 
 
@@ -98,5 +98,11 @@ class ID3(GrowingSelector):
     )
 
     def score(self, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the log of the D3 score."""
-        return d3_scores(gradient, weight, eps=self.d3_eps, exp=self.d3_exp)
+        """Return H where it can neither over- nor underflow (exponents 0 and 1), else log H; same order."""
+        if self.d3_exp not in (0, 1):
+            return d3_scores(gradient, weight, eps=self.d3_eps, exp=self.d3_exp).clamp_(min=LAST)
+        scores = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).abs()
+        if self.d3_exp:
+            # a third of the time that logarithms take
+            scores.div_(weight.to(scores.dtype).abs().add_(self.d3_eps))
+        return scores

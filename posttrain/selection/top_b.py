@@ -23,6 +23,7 @@ from posttrain._lazy import torch
 
 _SMALL = 1 << 20
 _BLOCK = 1 << 20
+_CHUNK = 256
 _BITS = (11, 11, 10)  # of 32, from the top
 
 
@@ -100,7 +101,7 @@ def _pooled(scores: Mapping[str, Scores], budget: int) -> dict[str, torch.Tensor
             seen += len(block)
             if len(pool) == budget:
                 # later scores lose ties, so only what is strictly better than the worst can enter
-                index = (block > pool.min()).nonzero().flatten()
+                index = _above(block, pool.min())
                 if not len(index):
                     continue
                 index = index[_stable_top(block[index], budget)]
@@ -128,6 +129,16 @@ def _shrunk(
     parts = kept.split([len(index) for _, index in where])
     where = [(name, index[part]) for (name, index), part in zip(where, parts, strict=True)]
     return pool[keep], [(name, index) for name, index in where if len(index)]
+
+
+def _above(block: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
+    """Return the ascending positions of the scores above ``worst``; few are expected."""
+    whole = len(block) - len(block) % _CHUNK
+    table = block[:whole].view(-1, _CHUNK)
+    rows = (table.amax(1) > worst).nonzero().flatten()  # cheaper than a mask of the block and its positions
+    row, column = (table[rows] > worst).nonzero().unbind(1)
+    rest = (block[whole:] > worst).nonzero().flatten()
+    return torch.cat([rows[row] * _CHUNK + column, rest + whole])
 
 
 def _stable_top(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -201,6 +212,8 @@ def _blocks(source: Scores) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def _checked(block: torch.Tensor, name: str, start: int) -> torch.Tensor:
+    if math.isfinite(block.sum().item()):  # several times faster than asking for every score
+        return block
     finite = torch.isfinite(block)
     if not finite.all():
         first = int((~finite).nonzero()[0])

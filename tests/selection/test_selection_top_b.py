@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.selection import top_b as module
-from posttrain.selection.top_b import budget_of, top_b
+from posttrain.selection.top_b import ByBlock, budget_of, top_b
 
 
 def by_sorting(scores, budget):
@@ -50,10 +50,16 @@ def test_equals_a_plain_sort(way, case, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BLOCK", block)  # so that tensors span several blocks
         patch.setattr(module, "_SMALL", 10**9 if way == "pool" else 0)
+        patch.setattr(module, "_CHUNK", 3)
         expected = by_sorting(scores, budget)
         assert plain(top_b(scores, budget)) == expected
         lazily = {name: (lambda tensor=tensor: tensor) for name, tensor in scores.items()}
         assert plain(top_b(lazily, budget)) == expected
+        blocks = {
+            name: ByBlock(tensor.numel(), lambda start, stop, tensor=tensor: tensor[start:stop], block + 1)
+            for name, tensor in scores.items()
+        }
+        assert plain(top_b(blocks, budget)) == expected
 
 
 @pytest.mark.parametrize("small", [0, 10**9])
