@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +36,7 @@ from posttrain.sft.s3ft import (
     targets,
 )
 
+TESTS = Path(__file__).resolve().parents[1]
 RIGHT, WRONG = Verdict("correct", 1.0), Verdict("wrong", 0.0)
 
 # ---- the choice --------------------------------------------------------------------------------------------
@@ -254,14 +259,18 @@ class Judge:
         ]
 
 
-@pytest.fixture(scope="module")
-def writer():
+def ending():
     """A model that ends its answers: the end token is as likely as the likeliest others."""
     model = support.model(seed=1)
     with torch.no_grad():
         model.lm_head.weight[1] = model.lm_head.weight[5] * 2
         model.lm_head.weight.mul_(3)
     return model
+
+
+@pytest.fixture(scope="module")
+def writer():
+    return ending()
 
 
 SETTINGS = {
@@ -419,6 +428,23 @@ def test_an_adapter_answers_and_is_left_as_it_was(writer, tmp_path):
     plain = job(model, tmp_path / "b.jsonl")
     plain._identity = lambda rows: {}
     assert plain.carry_out(rows)["completion"][:] != first["completion"][:]
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(writer, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(TESTS / "sft" / "s3ft_ranks.py"), str(tmp_path)]
+    path = os.pathsep.join([str(TESTS), str(TESTS / "sft"), str(TESTS.parent)])
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = job(writer, tmp_path / "alone.jsonl")
+    new = alone.carry_out(support.answers(23))
+    assert (tmp_path / "ranks.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+    for rank in (0, 1):
+        assert (tmp_path / f"rank-{rank}.json").read_text() == repr((new.to_list(), alone.statistics))
+        assert (tmp_path / f"stopped-{rank}").exists()
 
 
 TEMPLATE = (
