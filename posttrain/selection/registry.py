@@ -27,6 +27,7 @@ _MACHINERY = frozenset(
         "registry",
         "selector",
         "settings",
+        "strict",
         "top_b",
         "trainer",
     }

@@ -7,7 +7,10 @@ does by itself:
 ==============  =======================================  =============================================
 hook            when                                     what it is for
 ==============  =======================================  =============================================
+start, finish   before and after training                preparing the model, finishing it
+optimizer       when the optimiser is made               another optimiser
 counts          before the micro-steps of a step         numbers of the whole optimiser step
+groups          before a forward                         rows that go forward and backward apart
 around          around TRL's forward and backward        watching or changing the forward
 loss            after the forward                        another loss in place of TRL's
 after_backward  when TRL's gradient is in ``.grad``      adding the gradient of another loss
@@ -56,6 +59,8 @@ class MicroStep:
         columns: (B,) values of the dataset columns that methods ask for, -1 for a missing value.
         totals: Per method, :meth:`Method.counts` summed over the micro-batches of this optimiser step and
             over ranks.
+        group: Name of the group of rows this is (:meth:`Method.groups`), or "".
+        optimizer: The optimiser, without wrappers.
     """
 
     model: torch.nn.Module
@@ -70,6 +75,8 @@ class MicroStep:
     gauges: Gauges
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     totals: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    group: str = ""
+    optimizer: Any = None
 
 
 class Method(BaseModel):
@@ -115,6 +122,46 @@ class Method(BaseModel):
         """Return numbers of one micro-batch, as many in each, to be summed; see :attr:`MicroStep.totals`."""
         del inputs, columns
         return ()
+
+    def start(self, model: torch.nn.Module, examples: Callable[[int], Sequence[Mapping[str, Any]]]) -> None:
+        """Prepare the model, unwrapped, when the trainer is built.
+
+        Args:
+            model: As training begins.
+            examples: Returns that many rows whose column ``forget`` is false, as batches of one.
+        """
+        del model, examples
+
+    def finish(self, model: torch.nn.Module) -> None:
+        """Finish the model, unwrapped, when training has come to its end."""
+        del model
+
+    def fingerprint(self) -> str:
+        """Return what has to be the same when a run is resumed, after :meth:`start`."""
+        return ""
+
+    def optimizer(self, model: torch.nn.Module, groups: list[dict[str, Any]], **settings: Any) -> Any:
+        """Return an optimiser in place of the trainer's, or None.
+
+        Args:
+            model: Unwrapped.
+            groups: Parameter groups with their weight decay.
+            **settings: ``lr``, ``betas`` and ``eps`` of the trainer.
+        """
+        del model, groups, settings
+
+    def groups(self, columns: Mapping[str, torch.Tensor], place: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Return groups of rows that go forward and backward apart, (B,) bool each; {} for all together.
+
+        Names are the same for every micro-batch and on every rank; together the groups hold every row once.
+        One method of a run may have groups.
+
+        Args:
+            columns: See :attr:`MicroStep.columns`.
+            place: Optimiser steps so far, and the number of the micro-batch in this one.
+        """
+        del columns, place
+        return {}
 
     def loss(self, step: MicroStep, outputs: Any) -> torch.Tensor:
         """Return the loss of a method that :attr:`replaces_loss`, 0-dim.

@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +65,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         self._replacing = next((m for m in self._active if getattr(m, "replaces_loss", False)), None)
         self._columns: tuple[str, ...] = ()
         self._open: MicroStep | None = None
+        self._place = (-1, 0)
         self._totals: dict[str, torch.Tensor] = {}
         self._reference: float | None = None
         given = inspect.signature(TRLSFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
@@ -78,6 +79,12 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
             self._refuse_late()
         if self._columns:
             self._take_columns()
+        for method in self._active:
+            if type(method).optimizer is not Method.optimizer and selection is not None:
+                raise ValueError(
+                    f"{method.name} has an optimiser of its own, as a selection has: use one of them"
+                )
+            method.start(self.accelerator.unwrap_model(self.model), self._retained)
         self.start_selection(selection)
 
     def _refuse_late(self) -> None:
@@ -206,7 +213,59 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         """TRL's forward and backward, with the methods around and behind them."""
         if not self._active:
             return super().training_step(model, inputs, num_items_in_batch)
-        step = self._micro_step(model, self._prepare_inputs(inputs))
+        inputs = self._prepare_inputs(inputs)
+        step, before = self.state.global_step, self._place
+        self._place = (step, before[1] + 1 if before[0] == step else 0)
+        passes = self._passes(inputs)
+        losses = []
+        for number, (group, rows) in enumerate(passes):
+            # DDP sums gradients over ranks in the last pass
+            last = number == len(passes) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(self._pass(model, rows, num_items_in_batch, group))
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+    def _passes(self, inputs: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        """Return what goes forward and backward apart; the same groups on every rank."""
+        columns = self._split_columns(inputs)[1]
+        found = [(m, m.groups(columns, self._place)) for m in self._active]
+        method, groups = next(((m, groups) for m, groups in found if groups), (None, {}))
+        if method is None:
+            return [("", inputs)]
+        counts = torch.stack([mask.sum() for mask in groups.values()]).to(self.args.device)
+        counts = self.accelerator.reduce(counts.float(), "sum")
+        self._gauges.enter(method.name)
+        for name, mask in groups.items():
+            self._gauges.mean(name, mask.float())
+        passes = []
+        size = len(inputs["labels"])
+        for (name, mask), count in zip(groups.items(), counts.tolist(), strict=True):
+            if not count:
+                continue
+            own = bool(mask.any())
+            picked = (
+                mask.nonzero().flatten() if own else torch.zeros(1, dtype=torch.int64, device=mask.device)
+            )
+            rows = {
+                key: value[picked.to(value.device)]
+                if isinstance(value, torch.Tensor) and value.dim() and len(value) == size
+                else value
+                for key, value in inputs.items()
+            }
+            if not own:  # other ranks have such rows: go along, without a label
+                rows["labels"] = torch.full_like(rows["labels"], -100)
+            passes.append((name, rows))
+        return passes
+
+    def _pass(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None, group: str
+    ) -> torch.Tensor:
+        if group and num_items_in_batch is None:
+            raise ValueError(
+                "groups of rows need the tokens of the whole step, which this model does not take"
+            )
+        step = self._micro_step(model, inputs)
+        step.group = group
         with ExitStack() as stack:
             seen = [stack.enter_context(method.around(step)) for method in self._active]
             self._open = step
@@ -245,7 +304,48 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
             gauges=self._gauges,
             columns=columns,
             totals=self._totals,
+            optimizer=getattr(self.optimizer, "optimizer", self.optimizer),
         )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimiser, that of a method if one has its own."""
+        target: Any = self.model if model is None else model
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(target))
+            named = [(name, p) for name, p in target.named_parameters() if p.requires_grad]
+            groups = [
+                {
+                    "params": [p for name, p in named if (name in decayed) == decays],
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                for decays in (True, False)
+            ]
+            for method in self._active:
+                made = method.optimizer(
+                    self.accelerator.unwrap_model(target),
+                    [group for group in groups if group["params"]],
+                    lr=self.args.learning_rate,
+                    betas=(self.args.adam_beta1, self.args.adam_beta2),
+                    eps=self.args.adam_epsilon,
+                )
+                if made is not None:
+                    self.optimizer = made
+                    return self.optimizer
+        return super().create_optimizer(model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; when it has come to its end, methods finish the model."""
+        result = super().train(*args, **kwargs)
+        for method in self._active:
+            if self.state.global_step >= self.state.max_steps:
+                method.finish(self.accelerator.unwrap_model(self.model))
+            elif type(method).finish is not Method.finish:
+                logger.warning("%s: training stopped early, the model was not finished", method.name)
+        return result
+
+    def _retained(self, count: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.selection_examples(count, ("forget", "retain"))["retain"]
+        return found
 
     def _add_gradient(self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor | None) -> None:
         """Add the gradient of a loss that did not go through DDP's forward, which would not average it."""
@@ -296,7 +396,13 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
             )
         marks = self.train_dataset["forget"][:]
         return {
-            name: taken([place for place in order.tolist() if marks[place] is wanted])
+            name: taken(
+                [
+                    place
+                    for place in order.tolist()
+                    if marks[place] is not None and bool(marks[place]) == wanted
+                ]
+            )
             for name, wanted in (("forget", True), ("retain", False))
         }
 
@@ -330,6 +436,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
             "methods": [method.name for method in self.methods],
             "draws": self._draws,
             "reference": self._reference,
+            "fingerprints": [method.fingerprint() for method in self._active],
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -345,7 +452,12 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
                 "same methods, or start a new run"
             )
         self._draws = state.pop("draws", 0)
-        reference = state.pop("reference", None)
+        reference, prints = state.pop("reference", None), state.pop("fingerprints", None)
+        if prints is not None and prints != [method.fingerprint() for method in self._active]:
+            raise ValueError(
+                f"the checkpoint was written with other choices of {', '.join(names)} than this run made: "
+                "build the trainer with the model, the data and the settings that training began with"
+            )
         if (reference is None) != (self._reference is None) or abs(
             (reference or 0) - (self._reference or 0)
         ) > 1e-2:
