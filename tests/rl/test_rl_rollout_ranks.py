@@ -11,7 +11,7 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def run(tmp_path, name, methods, keys=(), *, ranks=1, **trainer):
+def run(tmp_path, name, methods, keys=(), *, ranks=1, script="rollout_ranks.py", **trainer):
     out = tmp_path / name / "result.json"
     out.parent.mkdir()
     launcher = [sys.executable]
@@ -20,7 +20,7 @@ def run(tmp_path, name, methods, keys=(), *, ranks=1, **trainer):
     settings = json.dumps({"trainer": trainer, "methods": methods, "keys": list(keys)})
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     done = subprocess.run(
-        [*launcher, str(TESTS / "rl" / "rollout_ranks.py"), str(out), settings],
+        [*launcher, str(TESTS / "rl" / script), str(out), settings],
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,

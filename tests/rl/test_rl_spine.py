@@ -4,7 +4,6 @@ import math
 import statistics
 
 import numpy
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -396,9 +395,9 @@ def test_aepo_is_a_warning_while_the_upper_hinge_is_on():
 @pytest.mark.parametrize("values", [[0.9, 0.2, 1.6], [0.2, 2.2, 0.9, 2.3, 2.7]])
 def test_values_on_an_edge_are_compared_as_the_formula_is_written(values):
     """Rounding decides there: bins are numpy's, the edge is min + (k + 1)(max - min) / bins."""
-    values = np.asarray(values)
-    counts, _ = np.histogram(values, bins=100)
-    levels, scores = np.arange(100), []
+    values = numpy.asarray(values)
+    counts, _ = numpy.histogram(values, bins=100)
+    levels, scores = numpy.arange(100), []
     for k in range(99):
         parts = [(counts[part], levels[part]) for part in (slice(0, k + 1), slice(k + 1, None))]
         (n0, m0), (n1, m1) = ((c.sum(), (c * x).sum() / max(c.sum(), 1)) for c, x in parts)
