@@ -7,10 +7,8 @@ metrics describe the first generation, an unselected sample of the policy on the
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -337,13 +335,14 @@ class MoreRollouts(GRPOSeams):
         rows = [dict(row) for row in prompts for _ in range(self.group_size)]
         share = len(rows) // self.accelerator.num_processes
         mine = rows[share * self.accelerator.process_index :][:share]
-        with self._aside():
+        with self.aside():
             batch = self.raw_rollout(mine)
             if score:
                 batch = self.scored(batch)
             assert self._gathered_rewards is not None
             rewards, outcomes = self._gathered_rewards, self.outcomes
-            log = {key: list(column)[-len(rows) :] for key, column in self._log_columns().items()}
+            log = {key: list(column)[-len(rows) :] for key, column in self.log_columns().items()}
+        self._gauges.flush(self.accelerator)
         gathered = gather_batch(
             batch, self._tokenizer.pad_token_id, self._widest, lambda values: self.accelerator.gather(values)
         )
@@ -355,44 +354,6 @@ class MoreRollouts(GRPOSeams):
         here = torch.tensor([width], device=self.accelerator.device)
         return int(self.accelerator.gather(here).max())
 
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Put TRL's metrics and its table of completions back afterwards; only the token count goes on."""
-        metrics = {name: list(values) for name, values in self._metrics["train"].items()}
-        columns = {key: list(column) for key, column in self._log_columns().items()}
-        try:
-            yield
-        finally:
-            metrics["num_tokens"] = [self.state.num_input_tokens_seen]
-            self._metrics["train"] = defaultdict(list, metrics)
-            self._gauges.flush(self.accelerator)
-            for key, column in self._log_columns().items():
-                column.clear()
-                column.extend(columns.get(key, []))
-
-    def _log_columns(self) -> dict[tuple[str, ...], Any]:
-        """Return the columns of the table of completions by name."""
-        columns: dict[tuple[str, ...], Any] = {
-            (name,): self._logs[name] for name in ("prompt", "completion", "advantages")
-        }
-        for table in ("rewards", "extra"):
-            columns.update({(table, name): column for name, column in self._logs[table].items()})
-        return columns
-
-    def log_replaced(
-        self, log: dict[tuple[str, ...], list[Any]], replaced: dict[int, int], rows: int
-    ) -> None:
-        """Put rows of another generation into the table of completions, as :meth:`replace_rows` does."""
-        for key, column in self._log_columns().items():
-            values = list(column)
-            start = len(values) - rows
-            if start < 0 or key not in log:
-                continue  # a column that not every generation filled
-            for row, other in replaced.items():
-                values[start + row] = log[key][other]
-            column.clear()
-            column.extend(values)
-
     # ---- prompts ----------------------------------------------------------------------------------------
 
     def draw_prompts(self, wanted: int, seen: set[str]) -> list[dict[str, Any]]:
@@ -403,9 +364,7 @@ class MoreRollouts(GRPOSeams):
                 cannot be shared evenly between ranks. The same on every rank.
             seen: Prompts as :func:`prompt_key` gives them.
         """
-        order, data = self.prompt_order, self.train_dataset
-        if self.args.remove_unused_columns:
-            data = self._remove_unused_columns(data, "training")
+        order, data = self.prompt_order, self.input_rows
         drawn: list[dict[str, Any]] = []
         for _ in range(order.rows):
             if len(drawn) == wanted:
@@ -425,24 +384,5 @@ class MoreRollouts(GRPOSeams):
             self._prompt_order = PromptOrder(len(self.train_dataset), self.args.seed + 1_000_003)
         return self._prompt_order
 
-    # ---- generation at another temperature --------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def generation_temperature(self, temperature: float) -> Iterator[None]:
-        """Sample at ``temperature``; scores keep dividing the logits by the run's own."""
-        sampler = self.vllm_generation if self.use_vllm else self.generation_config
-        before = sampler.temperature
-        sampler.temperature = temperature
-        try:
-            yield
-        finally:
-            sampler.temperature = before
-
     def _log_gauges(self) -> None:
-        means, maxima = self._gauges.flush(self.accelerator)
-        metrics = self._metrics[self.mode]
-        for name, value in means.items():
-            metrics[name].append(value)
-        for name, value in maxima.items():
-            # TRL logs the mean of a list: one entry, so that the log shows the largest since the last one
-            metrics[name] = [max([value, *metrics[name]])]
+        self.log_numbers(*self._gauges.flush(self.accelerator))

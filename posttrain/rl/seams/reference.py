@@ -1,0 +1,216 @@
+"""The initial policy as a reference: made where TRL has none, moved, saved, asked for log-probabilities."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from peft import PeftModel
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    create_model_from_path,
+    disable_dropout_in_model,
+    get_config_model_id,
+    use_adapter,
+)
+
+from posttrain.rl.seams.batch import BatchSeams
+
+# What a forward needs beside ids and mask; present for multimodal models only.
+_FORWARD_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class ReferenceSeams(BatchSeams):
+    """Keeps a reference policy beside TRL's own."""
+
+    #: Whether the model with its adapter differs from the base from the start.
+    _adapter_acts_at_start: bool = False
+    #: Whether :meth:`refresh_reference` may be called.
+    wants_movable_reference: bool = False
+    #: Whether ``posttrain/old_logps`` must be in every on-policy batch.
+    wants_old_logps: bool = False
+    _own_reference: Any = None
+    _reference_moved: bool = False
+
+    def _build_reference(self) -> None:
+        """Make the initial policy available where TRL does not: with ``beta=0``, or hidden in an adapter."""
+        policy = self.accelerator.unwrap_model(self.model)
+        if isinstance(policy, PeftModel):
+            own = self._adapter_acts_at_start or self.wants_movable_reference
+            if own and "ref" not in policy.peft_config:
+                self._copy_adapter(policy)
+            return
+        if self.beta != 0.0:
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            # parameters may be sharded: read the checkpoint again instead of copying them
+            init_kwargs = dict(self.args.model_init_kwargs or {})
+            init_kwargs.setdefault("dtype", policy.dtype)
+            init_kwargs["device_map"] = None
+            init_kwargs.setdefault("attn_implementation", policy.config._attn_implementation)
+            init_kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
+            reference = create_model_from_path(get_config_model_id(policy.config), **init_kwargs)
+        else:
+            reference = copy.deepcopy(policy)
+            reference.__dict__.pop("forward", None)  # TRL's patched forward belongs to the policy
+        if self.args.disable_dropout:
+            disable_dropout_in_model(reference)
+        reference.requires_grad_(False).eval()
+        add_fused_lm_head(
+            reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
+        )
+        if self.is_deepspeed_enabled:
+            self._own_reference = prepare_deepspeed(reference, self.accelerator)
+        elif self.is_fsdp_enabled:
+            self._own_reference = prepare_fsdp(reference, self.accelerator)
+        else:
+            self._own_reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _copy_adapter(self, policy: Any) -> None:
+        """Keep a frozen copy named ``ref`` of the adapter: the initial policy is the base with it."""
+        trained = policy.active_adapters[0]
+        config = copy.deepcopy(policy.peft_config[trained])
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # PiSSA and its kin would change the base a second time
+        devices = [policy.device] if policy.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # adding an adapter draws its initial values
+            policy.add_adapter("ref", config)
+        for name, parameter in policy.named_parameters():
+            if f".{trained}." in name:
+                copied = policy.get_parameter(name.replace(f".{trained}.", ".ref."))
+                copied.data.copy_(parameter.data)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        policy = self.model if model is None else model
+        if isinstance(policy, PeftModel) and {"ref", "default"} <= policy.peft_config.keys():
+            # transformers loads adapters from subfolders (the reference) and then forgets the one beside them
+            policy.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+
+    @contextlib.contextmanager
+    def _reference_model(self) -> Iterator[torch.nn.Module]:
+        reference = self._own_reference if self._own_reference is not None else self.ref_model
+        if reference is not None:
+            yield reference
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        training = policy.training
+        policy.eval()  # dropout belongs to training: the reference is one fixed policy
+        try:
+            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                yield self.model
+        finally:
+            policy.train(training)
+
+    def _refuse_sharded_reference(self) -> None:
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+            raise ValueError(
+                "the reference cannot be moved while parameters are sharded (FSDP, DeepSpeed ZeRO-3): use "
+                "ZeRO-2 or plain data parallelism, with an adapter if memory is short"
+            )
+
+    def _reference_tensors(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the tensors in which reference and policy can differ, in pairs."""
+        policy = self.accelerator.unwrap_model(self.model)
+        if isinstance(policy, PeftModel):
+            trained = policy.active_adapters[0]
+            return [
+                (policy.get_parameter(name.replace(f".{trained}.", ".ref.")), parameter)
+                for name, parameter in policy.named_parameters()
+                if f".{trained}." in name
+            ]
+        reference = self._own_reference if self._own_reference is not None else self.ref_model
+        return list(zip(reference.parameters(), policy.parameters(), strict=True))
+
+    def refresh_reference(self) -> None:
+        """Make the current policy the reference, of the adapter or of all weights."""
+        for reference, policy in self._reference_tensors():
+            reference.data.copy_(policy.data)
+        self._reference_moved = True
+
+    def reference_state(self) -> dict[str, Any]:
+        """Return whether the reference moved and, on the main process, its tensors then."""
+        write = self._reference_moved and self.accelerator.is_main_process
+        pairs = self._reference_tensors() if write else []
+        return {"moved": self._reference_moved, "tensors": [tensor.detach().cpu() for tensor, _ in pairs]}
+
+    def load_reference_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`reference_state` returned. Collective."""
+        self._reference_moved = state["moved"]
+        if not self._reference_moved:
+            return
+        references = [reference for reference, _ in self._reference_tensors()]
+        if self.accelerator.is_main_process:
+            for reference, saved in zip(references, state["tensors"], strict=True):
+                reference.data.copy_(saved)
+        for reference in references:
+            broadcast(reference.data)
+
+    def _embedded(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return each row's mean final hidden state, and the old log-probs of that forward if wanted."""
+        mask = self.loss_mask(batch)
+        parts: list[torch.Tensor] = []
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+
+        def pool(module: torch.nn.Module, args: Any, output: Any) -> None:
+            del module, args
+            done = sum(len(part) for part in parts)
+            hidden = output.last_hidden_state[:, -mask.size(1) :].float()
+            rows = mask[done : done + len(hidden)].unsqueeze(2)
+            # a product would let a NaN of a padded position through
+            parts.append(hidden.masked_fill(rows == 0, 0.0).sum(dim=1) / rows.sum(dim=1).clamp(min=1))
+
+        handle = policy.base_model.register_forward_hook(pool)
+        try:
+            logps = self._logps_of_batch(self.model, batch, self._rows_per_forward)
+        finally:
+            handle.remove()
+        found = {"posttrain/embeddings": torch.cat(parts)}
+        if self.wants_old_logps and "old_per_token_logps" not in batch:
+            found["posttrain/old_logps"] = logps
+        return found
+
+    def _reference_logps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(B, C) log-probabilities of a generation batch under the initial policy."""
+        rows = self._rows_per_forward  # the reference is in evaluation mode, the run may be in training
+        with self._reference_model() as reference:
+            return self._logps_of_batch(reference, batch, rows)
+
+    @property
+    def _rows_per_forward(self) -> int:
+        training = self.mode == "train"
+        return self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+
+    def _logps_of_batch(self, model: torch.nn.Module, batch: dict[str, Any], rows: int) -> torch.Tensor:
+        """(B, C) log-probabilities of a generation batch under ``model``, ``rows`` at a time, no gradient."""
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
+            logps, _, _ = self._get_per_token_logps_and_entropies(
+                model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].size(1),
+                batch_size=rows,
+                **{key: batch[key] for key in _FORWARD_KEYS if key in batch},
+            )
+        return logps
