@@ -120,11 +120,12 @@ def _selector_rules(
             found=optim,
             needed="adamw_torch",
         )
-    if changing and selection.backend not in ("auto", "masked"):
+    can = ("auto", "masked", *(["packed"] if selector.schedule == "shrink" and processes() == 1 else []))
+    if changing and selection.backend not in can:
         yield Problem(
             f"{selector.name} changes the selection while it trains, which {selection.backend!r} cannot",
             ("selection", "backend"),
-            needed="auto or masked",
+            needed=" or ".join(can),
         )
     if changing and trainer.get("deepspeed"):
         yield Problem(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import nn
 
+from posttrain.selection.adamw import SelectiveAdamW
 from posttrain.selection.packed import SUFFIX, Packed, pack
 from posttrain.selection.plan import PlanError, SelectionPlan, TensorSelection
 from posttrain.selection.settings import Backend
@@ -72,6 +73,57 @@ class Selection:
         """Note what of a dense parameter moves from now on; the optimiser is told by the caller."""
         self.positions[parameter], self._plan = index, None
 
+    def shrink(self, plan: SelectionPlan, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Go on with a part of what moves: it keeps its state, and the rest stays as it is now.
+
+        Args:
+            plan: Selects nothing that does not move now.
+            optimizer: Whose state and groups follow; None before there is one.
+
+        Raises:
+            PlanError: The plan selects more, or what moves whole cannot shrink (see ``shrinks`` of apply).
+        """
+        names = dict(self.model.named_parameters())
+        before = self.plan
+        for name, part in plan.tensors.items():
+            old = before.tensors[name]
+            if part == old:
+                continue
+            if old.kind != "none" and name not in self.packed and names[name] not in self.positions:
+                raise PlanError(f"{name} moves whole in this run, and cannot shrink to some of its scalars")
+            was, now = old.flat().long(), part.flat().long()
+            places = torch.searchsorted(was, now)
+            if len(now) > len(was) or not torch.equal(was[places.clamp(max=max(len(was) - 1, 0))], now):
+                raise PlanError(f"the new selection of {name} is no part of the one before")
+            if name in self.packed:
+                self._keep(name, places, optimizer)
+            else:
+                index = now.to(self.positions[names[name]])
+                self.positions[names[name]] = index
+                if isinstance(optimizer, SelectiveAdamW):
+                    optimizer.select(names[name], index)
+        hashes = {name: before.hashes[name] for name in plan.touched if name in before.hashes}
+        self._plan = replace(before, tensors=plan.tensors, config=plan.config, hashes=hashes)
+
+    def _keep(self, name: str, places: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        packed = self.packed[name]
+        values, shape = packed.values, packed.values.shape
+        packed.keep(places)
+        if not len(places):  # a parameter of size 0 is trouble for optimisers
+            packed.remove()
+            del self.packed[name]
+        if optimizer is None:
+            return
+        if not len(places):
+            optimizer.state.pop(values, None)
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if p is not values]
+            return
+        state = optimizer.state.get(values, {})
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == shape:
+                state[key] = value[places.to(value.device)]
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what an optimiser has to get."""
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
@@ -116,6 +168,7 @@ def apply(
     backend: Backend = "auto",
     *,
     candidates: Collection[str] = (),
+    shrinks: bool = False,
     sharded: bool = False,
     deepspeed: bool = False,
 ) -> Selection:
@@ -126,6 +179,8 @@ def apply(
         plan: What may move.
         backend: ``auto`` chooses, and logs what and why.
         candidates: Tensors of which more may be selected while the run goes on (ID3), beside the plan's.
+        shrinks: Whether :meth:`Selection.shrink` may be called: tensors of which all scalars are selected are
+            then treated as single scalars too.
         sharded: Whether weights will be sharded (ZeRO-3, FSDP2).
         deepspeed: Whether DeepSpeed will own the optimiser.
 
@@ -150,13 +205,14 @@ def apply(
     places = _places(model)
     for name, parameter in list(model.named_parameters()):
         part = plan.tensors[name]
+        scalars = shrinks and part.kind == "all"
         if part.kind == "none" and name not in candidates:
             parameter.requires_grad_(False)
-        elif part.partial and chosen in ("packed", "composed"):
+        elif (part.partial or scalars) and chosen in ("packed", "composed"):
             selection.packed[name] = pack(places[parameter], part, composed=chosen == "composed")
-        elif chosen == "masked" and (part.partial or part.kind == "none"):
+        elif chosen == "masked" and (part.partial or part.kind == "none" or scalars):
             selection.positions[parameter] = (
-                part.flat() if part.partial else torch.empty(0, dtype=torch.int32)
+                torch.empty(0, dtype=torch.int32) if part.kind == "none" else part.flat()
             )
     return selection
 

@@ -123,6 +123,15 @@ class Packed:
         return weight
 
     @torch.no_grad()
+    def keep(self, places: torch.Tensor) -> None:
+        """Go on with a part of the values, by their sorted places; the others stay in W as they are."""
+        self.write(self.weight, always=True)
+        self.values.grad = None
+        self.values.data = self.values.data[places.to(self.values.device)]
+        places = places.to(self.index.device)
+        self.index, self.base, self.stale = self.index[places], self.base[places], True
+
+    @torch.no_grad()
     def changed(self) -> int:
         """Return how many selected scalars differ from the base in the type of the weight."""
         return int((self.values.to(self.base.dtype) != self.base.to(self.values.device)).sum())

@@ -16,7 +16,7 @@ from posttrain.selection.apply import Selection, apply, is_packed_name
 from posttrain.selection.grow import GrowingSelector, Growth
 from posttrain.selection.packed import pull_to_base
 from posttrain.selection.plan import PlanError, SelectionPlan
-from posttrain.selection.settings import Decay, Select
+from posttrain.selection.settings import Backend, Decay, Select
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 VALUES_FILE = "selected.safetensors"
 """In a checkpoint: the packed values by the name of the weight, in fp32."""
+
+PLAN_FILE = "selection.safetensors"
+"""In a checkpoint: the plan in force, once a selection has shrunk."""
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 _OTHER_SELECTION = (
@@ -51,6 +54,8 @@ class SelectionMixin(ExactResume):
     _age_correction = True
     _for_checkpoint = False
     _growth: Growth | None = None
+    _shrinking: Any = None  # a selector whose selection is still to shrink
+    _shrunk = False
 
     def start_selection(self, selection: SelectionPlan | Selector | Select | None) -> None:
         """Put a selection into force; the model is loaded, and nothing has wrapped it yet.
@@ -88,10 +93,20 @@ class SelectionMixin(ExactResume):
             if batches is None and plan.needs == "examples":
                 batches = self.selection_examples(select.examples, plan.groups)
             plan = plan.select(model, round=select.round, batches=batches)
+        backend = select.backend
+        if getattr(select.what, "schedule", None) == "shrink":
+            self._shrinking = select.what
+            backend = self._shrinking_backend(backend, deepspeed=deepspeed, sharded=sharded)
         self._refuse_difference(plan)
         self._decay, self._age_correction = weight_decay, select.age_correction
         self.selection = apply(
-            model, plan, select.backend, candidates=candidates, sharded=sharded, deepspeed=deepspeed
+            model,
+            plan,
+            backend,
+            candidates=candidates,
+            shrinks=self._shrinking is not None,
+            sharded=sharded,
+            deepspeed=deepspeed,
         )
         if growing is not None:
             self._growth = Growth(
@@ -145,6 +160,34 @@ class SelectionMixin(ExactResume):
                 "weight_decay %s is not used: %s is defined without", self.args.weight_decay, selector.name
             )
         return selector.begin(model)
+
+    def _shrinking_backend(self, backend: Backend, *, deepspeed: bool, sharded: bool) -> Backend:
+        """Return the backend of a selection that shrinks in mid-run.
+
+        Raises:
+            PlanError: It cannot, in this setup.
+        """
+        name = self._shrinking.name
+        if deepspeed or sharded:
+            raise PlanError(
+                f"{name} selects again in mid-run, when DeepSpeed and FSDP have fixed what trains: use one "
+                "process or DDP, or a selector whose selection stays"
+            )
+        if self._optim not in _ADAMW:
+            raise PlanError(
+                f"{name} takes the optimiser's state along when it shrinks, which is known for AdamW, found "
+                f"optim={self._optim}: set optim to adamw_torch"
+            )
+        if backend == "composed":
+            raise PlanError(f"{name} shrinks, and composed values cannot stay behind: use packed or masked")
+        if self.accelerator.num_processes == 1:
+            return backend
+        if backend == "packed":
+            raise PlanError(
+                f"{name} shrinks in mid-run, and DDP has fixed the sizes of packed parameters: use backend "
+                "masked, or one process"
+            )
+        return "masked"
 
     @property
     def _optim(self) -> str:
@@ -237,6 +280,8 @@ class SelectionMixin(ExactResume):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-step."""
+        if self._shrinking is not None:
+            self._shrink_when_due()
         if self.selection is not None and self.is_deepspeed_enabled:
             self.selection.refresh()  # DeepSpeed writes parameters behind the version counter
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -245,6 +290,19 @@ class SelectionMixin(ExactResume):
             for packed in self.selection.packed.values():
                 pull_to_base(packed, strength)
         return loss
+
+    def _shrink_when_due(self) -> None:
+        selection = self.selection
+        if selection is None or self.state.global_step < round(
+            self._shrinking.reselect_at * self.state.max_steps
+        ):
+            return
+        selection.refresh()
+        plan = self._shrinking.reselect(selection.model, selection.plan)
+        self._refuse_difference(plan)
+        logger.info("%s goes on with %d of %d scalars", plan.method, plan.count, selection.plan.count)
+        selection.shrink(plan, getattr(self.optimizer, "optimizer", self.optimizer))
+        self._shrinking, self._shrunk = None, True
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the share of selected scalars that the type of the weights shows as changed."""
@@ -284,6 +342,14 @@ class SelectionMixin(ExactResume):
         super().load_extra_state(state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        path = Path(resume_from_checkpoint) / PLAN_FILE
+        if self._shrinking is not None and self.selection is not None and path.is_file():
+            try:
+                self.selection.shrink(SelectionPlan.load(path))
+            except PlanError as error:
+                raise CheckpointError(_OTHER_SELECTION) from error
+            self._shrinking, self._shrunk = None, True
+        # after shrinking, which writes the values it has into the weights
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_values(Path(resume_from_checkpoint))
 
@@ -302,6 +368,8 @@ class SelectionMixin(ExactResume):
         path = checkpoint / VALUES_FILE
         saved = load_file(path) if path.is_file() else {}
         packed = self.selection.packed
+        if self._shrunk:  # the best checkpoint may be one from before
+            saved = {name: self._remaining(name, values) for name, values in saved.items() if name in packed}
         if {name: values.shape for name, values in saved.items()} != {
             name: one.values.shape for name, one in packed.items()
         }:
@@ -310,6 +378,12 @@ class SelectionMixin(ExactResume):
             for name, one in packed.items():
                 one.values.copy_(saved[name])
         self.selection.refresh()
+
+    def _remaining(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return the values of what still moves of a tensor."""
+        assert self.selection is not None
+        start, now = (plan.tensors[name].flat() for plan in (self.selection.start, self.selection.plan))
+        return values if len(values) != len(start) else values[torch.searchsorted(start, now)]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         self._for_checkpoint = True
@@ -320,12 +394,15 @@ class SelectionMixin(ExactResume):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save a plain model; a checkpoint also holds the packed values, in a file of their own."""
+        folder = Path(str(output_dir or self.args.output_dir))
+        if self._shrunk and self._for_checkpoint and self.selection is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.selection.plan.save(folder / PLAN_FILE)
         if self.selection is None or not self.selection.packed:
             super()._save(output_dir, state_dict)
             return
         whole: Any = self.selection.model.state_dict() if state_dict is None else state_dict
         super()._save(output_dir, self.selection.plain(whole))
         if self._for_checkpoint:
-            folder = Path(str(output_dir or self.args.output_dir))
             values = {name: one.values.detach().cpu() for name, one in self.selection.packed.items()}
             save_file(values, folder / VALUES_FILE)
