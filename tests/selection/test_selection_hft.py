@@ -388,3 +388,33 @@ def test_half_reset_of_single_scalars_and_of_another_model():
         half_reset(tuned, {}, plan)
     with pytest.raises(PlanError, match=r"the base has it as \[2\]"):
         half_reset(tuned, {name: torch.ones(2)}, plan)
+
+
+def test_a_run_trains_the_half_and_all_of_it_is_full_fine_tuning(tmp_path):
+    from posttrain.sft.trainer import SFTTrainer
+
+    def run(name, selection):
+        trainer = SFTTrainer(
+            model=support.model(tied=True),
+            args=support.sft_config(tmp_path / name, max_steps=3),
+            train_dataset=support.answers(),
+            processing_class=support.tokenizer(),
+            selection=selection,
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return trainer, losses, support.weights(trainer.model)
+
+    _, full_losses, full = run("full", None)
+    _, losses, weights = run("all", HFT(ratio=1.0))
+    assert losses == full_losses
+    assert all(torch.equal(weights[name], tensor) for name, tensor in full.items())
+    trainer, _, weights = run("half", HFT())
+    start = support.weights(support.model(tied=True))
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    plan = trainer.selection.plan
+    for name, parameter in trainer.model.named_parameters():
+        chosen = plan.tensors[name].kind == "all"
+        assert torch.equal(weights[name], start[name]) != chosen
+        assert (parameter in optimizer.state) == chosen
+        assert chosen or parameter.grad is None
