@@ -51,14 +51,13 @@ What to watch
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from posttrain._lazy import torch
+from posttrain.selection.gradient_sums import Statistic, gradient_sums, scoring, single_rows
 from posttrain.selection.plan import SelectionPlan
 from posttrain.selection.selector import Budget, ElementSelector, Need
 from posttrain.selection.top_b import top_b
@@ -105,7 +104,7 @@ class FISH(ElementSelector):
         assert left is not None
         rank, ranks = _place()
         draw = self.generator(round, self.seed)
-        with _scoring(model, ranked):
+        with scoring(model, ranked):
             rows = self._rows(model, batches, draw, rank, ranks)
             scores, used = fisher(model, ranked, rows, power=self.power)
         count = torch.tensor([used], dtype=torch.float64, device=next(iter(ranked.values())).device)
@@ -143,34 +142,13 @@ def fisher(
     Returns:
         Per name fp32 scores of the parameter's shape, and the number of rows that had completion tokens.
     """
-    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
 
-    def add(total: torch.Tensor, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = parameter.grad.to(torch.float32)
-        if power == "square":
-            total.addcmul_(gradient, gradient)
-        else:
-            total.add_(gradient.abs_())
-        parameter.grad = None
+    def loss(model: nn.Module, row: Batch) -> torch.Tensor | None:
+        learned = bool((row["labels"][:, 1:] != _IGNORED).any())
+        return negative_log_likelihood(model, row) if learned else None
 
-    used = 0
-    hooks = [
-        p.register_post_accumulate_grad_hook(functools.partial(add, sums[name]))
-        for name, p in parameters.items()
-    ]
-    try:
-        with torch.enable_grad():
-            for row in rows:
-                if bool((row["labels"][:, 1:] != _IGNORED).any()):
-                    negative_log_likelihood(model, row).backward()
-                    used += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter in parameters.values():
-            parameter.grad = None
-    return sums, used
+    statistic: Statistic = "square" if power == "square" else "absolute"
+    return gradient_sums(model, parameters, rows, loss=loss, statistic=statistic)
 
 
 def negative_log_likelihood(model: nn.Module, row: Batch) -> torch.Tensor:
@@ -182,34 +160,6 @@ def negative_log_likelihood(model: nn.Module, row: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(
         logits[0, :-1].float(), row["labels"][0, 1:].to(logits.device), ignore_index=_IGNORED, reduction="sum"
     )
-
-
-def single_rows(batch: Batch) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the rows of a batch one by one, (1, T) each, without padding.
-
-    Raises:
-        ValueError: Tensors are missing or differ in shape, or a row joins several sequences.
-    """
-    shapes = {name: tuple(batch[name].shape) for name in ("input_ids", "labels") if name in batch}
-    if len(set(shapes.values())) != 1 or len(shapes) != 2 or batch["input_ids"].dim() != 2:
-        raise ValueError(
-            "an example needs input_ids and labels of one shape (rows, tokens), found "
-            f"{shapes or list(batch)}"
-        )
-    shape = batch["input_ids"].shape
-    positions = batch.get("position_ids")
-    if positions is not None and bool((positions.reshape(-1, positions.shape[-1])[:, 1:] == 0).any()):
-        raise ValueError(
-            "a row joins several sequences (its position_ids start anew), and the score is per sequence: "
-            "turn off packing and padding_free for making the plan"
-        )
-    for number in range(shape[0]):
-        mask = batch["attention_mask"][number].bool() if "attention_mask" in batch else slice(None)
-        yield {
-            name: value[number : number + 1, mask] if value.shape[:2] == shape else value[number : number + 1]
-            for name, value in batch.items()
-            if isinstance(value, torch.Tensor) and name not in ("attention_mask", "position_ids")
-        }
 
 
 def _sampled(model: nn.Module, row: Batch, seed: int) -> Batch:
@@ -241,27 +191,6 @@ def _sampled(model: nn.Module, row: Batch, seed: int) -> Batch:
     labels = ids.clone()
     labels[:, : prompt.shape[1]] = _IGNORED
     return {"input_ids": ids, "labels": labels}
-
-
-@contextlib.contextmanager
-def _scoring(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Put the model into evaluation mode, gradients for ``parameters`` only; afterwards as it was."""
-    modes = {module: module.training for module in model.modules()}
-    wanted = {id(p) for p in parameters.values()}
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        model.eval()
-        for parameter, trainable, _ in before:
-            parameter.grad = None
-            if trainable and id(parameter) not in wanted:
-                parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, trainable, gradient in before:
-            parameter.requires_grad_(trainable)
-            parameter.grad = gradient
 
 
 def _place() -> tuple[int, int]:

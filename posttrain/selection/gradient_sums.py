@@ -98,7 +98,7 @@ def gradient_sums(
         return take
 
     count = 0
-    with _alone(model, parameters):
+    with scoring(model, parameters):
         hooks = [p.register_post_accumulate_grad_hook(taker(totals[name])) for name, p in parameters.items()]
         try:
             for batch in batches:
@@ -118,13 +118,37 @@ def gradient_sums(
     return totals, count
 
 
-def single_rows(batches: Iterable[Batch]) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the rows of (B, T) batches one by one, as batches of one row."""
-    for batch in batches:
-        for row in range(len(batch["input_ids"])):
-            yield {
-                name: value[row : row + 1] for name, value in batch.items() if isinstance(value, torch.Tensor)
-            }
+def single_rows(batch: Batch, *, labelled: bool = True) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the rows of a batch one by one, (1, T) each, without padding.
+
+    Args:
+        batch: ``input_ids``, ``labels`` and optionally ``attention_mask``, (B, T).
+        labelled: Whether labels are needed.
+
+    Raises:
+        ValueError: Tensors are missing or differ in shape, or a row joins several sequences.
+    """
+    shapes = {name: tuple(batch[name].shape) for name in ("input_ids", "labels") if name in batch}
+    needed = {"input_ids", "labels"} if labelled else {"input_ids"}
+    if not needed <= set(shapes) or len(set(shapes.values())) != 1 or batch["input_ids"].dim() != 2:
+        raise ValueError(
+            "an example needs input_ids and labels of one shape (rows, tokens), found "
+            f"{shapes or list(batch)}"
+        )
+    shape = batch["input_ids"].shape
+    positions = batch.get("position_ids")
+    if positions is not None and bool((positions.reshape(-1, positions.shape[-1])[:, 1:] == 0).any()):
+        raise ValueError(
+            "a row joins several sequences (its position_ids start anew), and the score is per sequence: "
+            "turn off packing and padding_free for making the plan"
+        )
+    for number in range(shape[0]):
+        mask = batch["attention_mask"][number].bool() if "attention_mask" in batch else slice(None)
+        yield {
+            name: value[number : number + 1, mask] if value.shape[:2] == shape else value[number : number + 1]
+            for name, value in batch.items()
+            if isinstance(value, torch.Tensor) and name not in ("attention_mask", "position_ids")
+        }
 
 
 def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -138,7 +162,7 @@ def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 @contextmanager
-def _alone(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def scoring(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Eval mode, gradients for ``parameters`` only and none of them left over; all put back afterwards."""
     kept = {id(p) for p in parameters.values()}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]

@@ -58,7 +58,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -289,7 +289,7 @@ def importances(
         total, count = gradient_sums(
             model,
             parameters,
-            single_rows(batches),
+            _rows(batches, labelled=settings.loss == "nll"),
             loss=loss,
             statistic=statistic,  # type: ignore[arg-type]
             device=device,
@@ -305,6 +305,11 @@ def importances(
         for name, value in mean_forget.items()
     }
     return Importances(mean_forget, full, (in_forget, in_retain))
+
+
+def _rows(batches: Iterable[Batch], *, labelled: bool) -> Iterator[Batch]:
+    for batch in batches:
+        yield from single_rows(batch, labelled=labelled)
 
 
 def _refuse_empty(rows: list[int], settings: SSD) -> None:

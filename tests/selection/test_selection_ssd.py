@@ -134,6 +134,10 @@ def test_rows_without_a_label_do_not_count_and_empty_sets_are_refused():
     found = mean_squared_logits(model, unlabelled[0])
     logits = model(**unlabelled[0]).logits[unlabelled[0]["attention_mask"].bool()]
     assert found.item() == pytest.approx(logits.square().sum(-1).mean().item(), rel=1e-5)
+    # the label-free variant needs none
+    assert importances(model, unlabelled, unlabelled, SSD(loss="logits")).rows == (2, 2)
+    with pytest.raises(ValueError, match="needs input_ids and labels"):
+        importances(model, unlabelled, unlabelled)
 
 
 # ---- the edit ----------------------------------------------------------------------------------------------
