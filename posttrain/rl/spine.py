@@ -57,6 +57,36 @@ When not to use it
 Official code
     None: the repository holds a README and figures. TRL's logged ``kl`` is then the sum over forks divided by
     the number of all tokens.
+
+Evidence at laptop size
+    ``configs/evidence/spine.yaml`` (its first lines are the commands): 30 steps of TTRL on sums solved step
+    by step, from a policy with pass@1 0.485 and pass@4 0.750. ``mask``: forks only, no band; ``band``: both
+    band weights 0.3; ``otsu``, and ``kl`` (``kl_coef`` 1): band weights 0.01 as by default. Ten seeds (300 to
+    309), mean and 95 % t interval, differences paired by seed; two CPU cores. Held out::
+
+                 pass@1                    pass@4
+        ttrl      0.467 [0.407, 0.528]      0.661 [0.593, 0.728]
+        mask     +0.018 [-0.019, 0.056]    +0.018 [-0.025, 0.061]
+        band     +0.082 [0.029, 0.136] *   +0.077 [0.022, 0.132] *
+        otsu     -0.020 [-0.096, 0.057]    -0.011 [-0.090, 0.069]
+        kl       +0.032 [-0.031, 0.095]    +0.094 [0.027, 0.161] *
+
+    and over the last third of training (0.619, 0.096 and 21.0 at its first step)::
+
+                 label accuracy            entropy, nats             tokens per answer
+        ttrl      0.554 [0.496, 0.613]      0.074 [0.070, 0.078]      20.92 [20.80, 21.03]
+        mask     +0.047 [0.008, 0.085] *   +0.000 [-0.002, 0.003]    +0.01 [-0.08, 0.09]
+        band     +0.102 [0.058, 0.146] *   -0.007 [-0.009, -0.004]   +0.02 [-0.05, 0.10]
+        otsu     +0.019 [-0.069, 0.107]    +0.006 [-0.000, 0.011]    +0.06 [-0.02, 0.15]
+        kl       +0.085 [0.028, 0.142] *   +0.014 [0.010, 0.018]     +0.06 [-0.01, 0.13]
+
+    What shows of the claim: TTRL alone loses pass@4 (-0.089 [-0.157, -0.022]) and label accuracy; with a band
+    that weighs enough it gains pass@1 (+0.065 [0.020, 0.109] over the start) and keeps pass@4, with the KL it
+    keeps both. The mask alone slows the loss of label accuracy, no more, and Otsu's variant changes nothing.
+    What does not show: answers do not shorten here, in any arm, so nothing is said about length. And the band
+    does not keep exploration alive, it lowers the entropy. The same steps with verified rewards gain far more
+    (pass@1 0.688). The first five seeds alone left zero inside every interval of the held-out differences;
+    five were added then, and this is the table of all ten.
 """
 
 from __future__ import annotations
