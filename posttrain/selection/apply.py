@@ -196,7 +196,9 @@ def apply(
             f"the plan trains {len(frozen)} tensors that are frozen, first {frozen[0]}: with an adapter only "
             "its own scalars can be selected. Train without it, or make a plan for the model with it."
         )
-    chosen, reason = _choose(plan, backend, changing=changing, sharded=sharded, deepspeed=deepspeed)
+    chosen, reason = _choose(
+        plan, backend, changing=changing, shrinks=shrinks, sharded=sharded, deepspeed=deepspeed
+    )
     logger.info(
         "selection %s: %d of %d scalars (%.2f %%) train; backend %s, %s",
         plan.method, plan.count, plan.numel, 100 * plan.density, chosen, reason,
@@ -223,7 +225,7 @@ def is_packed_name(name: str) -> bool:
 
 
 def _choose(
-    plan: SelectionPlan, backend: str, *, changing: bool, sharded: bool, deepspeed: bool
+    plan: SelectionPlan, backend: str, *, changing: bool, shrinks: bool, sharded: bool, deepspeed: bool
 ) -> tuple[str, str]:
     """Return the backend and why it is the right one.
 
@@ -239,9 +241,9 @@ def _choose(
         )
     if sharded and changing:
         raise PlanError("a selection that changes cannot be enforced on sharded weights: use DDP")
-    needs_scalars = plan.partial or changing
+    needs_scalars = plan.partial or changing or shrinks
     impossible = {
-        "freeze": needs_scalars and "the plan moves parts of tensors",
+        "freeze": needs_scalars and "the plan moves parts of tensors, or will",
         "packed": (changing and "the selection changes while it trains")
         or (sharded and "a write into a gathered weight is lost: use composed"),
         "composed": changing and "the selection changes while it trains",
@@ -258,7 +260,7 @@ def _choose(
         return "masked", "because the selection changes while it trains"
     if sharded:
         return "composed", "because weights are sharded"
-    partial = [part for part in plan.tensors.values() if part.partial]
+    partial = [part for part in plan.touched.values() if part.partial or shrinks]
     density = sum(part.count for part in partial) / sum(part.numel for part in partial)
     if density > DENSE_FROM and not deepspeed:
         return "masked", f"because {density:.0%} of the tensors in question train"

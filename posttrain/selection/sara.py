@@ -30,9 +30,8 @@ Defaults and where they come from
     :func:`paper_learning_rate`. Weight decay acts on no unselected scalar (the code: 0.01 on packed ones).
 
 Needs
-    Nothing beside the weights. As the selection changes while it trains, gradients are dense, moved by the
-    AdamW that keeps the state of the scalars that stay. For memory that follows the budget train the first
-    set to the end: that is the selector ``magnitude``.
+    Nothing beside the weights. In one process memory follows the budget (packed values), under DDP gradients
+    are dense; either way an AdamW, whose state of the scalars that stay is kept.
 
 Composes with
     Every loss; one process or DDP. The official code resets all state of Adam at re-selection and loses one

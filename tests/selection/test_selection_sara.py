@@ -179,3 +179,30 @@ def test_most_weights_are_not_tiny(caplog):
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValidationError, match=message):
         SaRA(**settings)
+
+
+@pytest.mark.parametrize("backend", ["auto", "packed", "masked"])
+@pytest.mark.parametrize("budget", [{"budget": 0.1}, {"threshold": 1.005, "include": ("norm", "q_proj")}])
+def test_a_run_goes_on_with_what_stayed_tiny(tmp_path, backend, budget):
+    """Also where tensors were selected whole at first, as norms are by the large threshold."""
+    from posttrain.selection.settings import Select
+    from posttrain.sft.trainer import SFTTrainer
+
+    model = support.model(tied=True)
+    selector = SaRA(**budget)
+    first = selector.select(model)
+    trainer = SFTTrainer(
+        model=model,
+        args=support.sft_config(tmp_path, max_steps=4, learning_rate=3e-3),
+        train_dataset=support.answers(),
+        processing_class=support.tokenizer(),
+        selection=Select(selector, backend=backend),
+    )
+    trainer.train()
+    last = trainer.selection.plan
+    assert 0 < last.count < first.count
+    trainer.end_selection()
+    start = dict(support.model(tied=True).named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        assert not (last.tensors[name].mask() & ~first.tensors[name].mask()).any()
+        assert not ((parameter != start[name]) & ~first.tensors[name].mask()).any()
