@@ -215,7 +215,9 @@ class SSD(ElementSelector):
     groups: ClassVar[tuple[str, ...]] = ("forget", "retain")
 
     budget: None = Field(None, description="Unused: the threshold, or the fraction, decides.")
-    alpha: float = Field(10.0, gt=0, description="Select where F_f > alpha F_D.")
+    alpha: float | None = Field(
+        None, gt=0, description="Select where F_f > alpha F_D; 10 if neither this nor fraction is set."
+    )
     fraction: float | None = Field(
         None, gt=0, lt=1, description="Choose alpha so that at most this part of the candidates is selected."
     )
@@ -235,7 +237,7 @@ class SSD(ElementSelector):
 
     @model_validator(mode="after")
     def _one_threshold(self) -> SSD:
-        if self.fraction is not None and "alpha" in self.model_fields_set:
+        if self.fraction is not None and self.alpha is not None:
             raise ValueError(f"alpha ({self.alpha:g}) and fraction ({self.fraction:g}) exclude each other")
         if self.always_train:
             raise ValueError("always_train has no meaning for SSD: it selects by a threshold")
@@ -254,7 +256,9 @@ class SSD(ElementSelector):
 
     def threshold(self, found: Importances) -> float:
         """Return alpha, from the fraction where that is set."""
-        return self.alpha if self.fraction is None else found.alpha_for(self.fraction)
+        if self.fraction is not None:
+            return found.alpha_for(self.fraction)
+        return 10.0 if self.alpha is None else self.alpha
 
 
 def importances(
@@ -435,8 +439,7 @@ def search(
         _set_marker(model, before)
         if fraction is None:
             return None
-        values = settings.model_dump() | {"fraction": fraction}
-        del values["alpha"]
+        values = settings.model_dump() | {"fraction": fraction, "alpha": None}
         return apply(model, found, SSD(**values), again=again)
 
     best: float | None = None

@@ -169,7 +169,7 @@ def test_the_edit_is_that_of_the_formula_reported_and_marked(tmp_path):
     with pytest.raises(PlanError, match="dampened before"):
         ssd(again, forget, retain, settings)
     ssd(again, forget, retain, settings, again=True)
-    assert [edit["alpha"] for edit in getattr(again.config, MARKER)] == [1.5, 1.5]
+    assert [edit["alpha_used"] for edit in getattr(again.config, MARKER)] == [1.5, 1.5]
 
 
 def test_forget_set_as_all_data_selects_nothing_from_alpha_one_on():
@@ -230,3 +230,6 @@ def test_the_plan_selects_what_the_edit_would_change_and_adapters_are_refused():
         ssd(get_peft_model(support.model(), support.lora()), forget, retain)
     with pytest.raises(ValueError, match="exclude each other"):
         SSD(alpha=3.0, fraction=0.1)
+    # settings go through a file
+    assert SSD(**SSD(fraction=0.1).model_dump(mode="json")).fraction == 0.1
+    assert SSD().threshold(Importances({}, {}, (1, 1))) == 10.0
