@@ -268,9 +268,11 @@ class _Run:
         if selection is None:
             return
         plan = selection.plan
+        end = trainer.selected_in_the_end
+        count = plan.count if end is None else end
         self.say(
-            f"selection {plan.method}: {plan.count:,} of {plan.numel:,} weights train "
-            f"({plan.density:.2%}), backend {selection.backend}"
+            f"selection {plan.method}: {count:,} of {plan.numel:,} weights train "
+            f"({count / plan.numel:.2%}){'' if end is None else ' in the end'}, backend {selection.backend}"
         )
         self.on_main(lambda: plan.save(self.run.selection))
 

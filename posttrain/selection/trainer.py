@@ -108,6 +108,11 @@ class SelectionMixin(ExactResume):
             sharded=sharded,
             deepspeed=deepspeed,
         )
+        if weight_decay == "to_base" and self.selection.backend not in ("packed", "composed"):
+            raise PlanError(
+                f"weight_decay to_base needs packed values, which remember where they began, found backend "
+                f"{self.selection.backend!r}: use selected or off, or backend packed"
+            )
         if growing is not None:
             self._growth = Growth(
                 growing,
@@ -127,6 +132,13 @@ class SelectionMixin(ExactResume):
                 f"backend 'masked' is an AdamW, found optim={self._optim}: set optim to adamw_torch, or "
                 "backend to packed"
             )
+
+    @property
+    def selected_in_the_end(self) -> int | None:
+        """Scalars that will train once a growing selection is complete; None for one that does not grow."""
+        if self._growth is None or self.selection is None:
+            return None
+        return self.selection.start.count + self._growth.budget
 
     def selection_examples(self, count: int, groups: Sequence[str] = ()) -> Any:
         """Return batches of one row that a selector may score weights on, by name if groups are asked for.

@@ -355,9 +355,10 @@ def test_lora_and_reinforcement(tmp_path):
     start = support.weights(trainer.model)
     candidates = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
     assert all("lora" in name for name in candidates)
+    assert trainer.selection.plan.count == 0
     trainer.train()
     plan = trainer.selection.plan
-    assert plan.count == sum(start[name].numel() for name in candidates) // 10
+    assert plan.count == trainer.selected_in_the_end == sum(start[name].numel() for name in candidates) // 10
     for name, value in trainer.model.named_parameters():
         assert not ((value != start[name]) & ~plan.tensors[name].mask()).any(), name
     assert any((value != start[name]).any() for name, value in trainer.model.named_parameters())

@@ -258,5 +258,8 @@ def test_what_cannot_be_enforced_is_refused_with_the_reason(tmp_path):
         with pytest.raises(PlanError, match=reason):
             apply(model, plan, **options)
     assert all(p.requires_grad for p in model.parameters())
+    for backend, share in (("masked", 0.05), ("auto", 2.0)):  # of 2.0 whole tensors train
+        with pytest.raises(PlanError, match="to_base needs packed values"):
+            sft(tmp_path, plan_for(support.model(tied=True), share), backend=backend, decay="to_base")
     with pytest.raises(PlanError, match="optim=sgd"):
         sft(tmp_path, plan_for(support.model(tied=True)), backend="masked", optim="sgd")
