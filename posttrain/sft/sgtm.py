@@ -78,7 +78,8 @@ Evidence at laptop size
         never    0.037     7.901      no row to forget at all
 
     Filtering learns to add from the rows that nobody labelled, SGTM mostly does not, and retains as much. In
-    60 optimiser steps no arm relearned to within 0.1 of plain, so the relearning test says nothing there yet.
+    60 optimiser steps no other arm relearned to within 0.1 of plain, so the relearning test says nothing
+    there yet.
 """
 
 from __future__ import annotations
@@ -103,7 +104,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Mode = Literal["forget", "retain", "default"]
-MODES: tuple[Mode, ...] = ("forget", "retain", "default")
 
 
 def trained(mode: Mode, *, mask_joint: bool) -> frozenset[str]:
