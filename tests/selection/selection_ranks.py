@@ -1,0 +1,80 @@
+"""Run by test_selection_ranks.py, alone or on two ranks: train a selection, write down what came out.
+
+python selection_ranks.py FOLDER BACKEND; the launcher says how many ranks, and whether DeepSpeed shards.
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import support
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from test_selection_trainer import plan_for, sft
+
+from posttrain.selection.hft import HFT
+
+
+def whole(model):
+    """Return all weights, gathered where ZeRO-3 has partitioned them."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        gather = nullcontext()
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            gather = deepspeed.zero.GatheredParameters([parameter])
+        with gather:
+            weights[name] = parameter.detach().float().clone()
+    return weights
+
+
+def main(folder, backend):
+    torch.set_num_threads(1)
+    ranks = PartialState(cpu=True).num_processes
+    model = support.model(tied=True)
+    selection = HFT(seed=3) if backend == "freeze" else plan_for(model, whole=["model.norm.weight"])
+    trainer = sft(
+        Path(folder) / "run",
+        selection,
+        backend="auto" if backend == "freeze" else backend,
+        decay="selected",
+        per_device_train_batch_size=4 // ranks,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.1,
+        optim="adamw_torch",
+    )
+    plan = trainer.selection.plan
+    trainer.train()
+    if trainer.selection.backend == "composed":
+        weights = {n: t for n, t in whole(trainer.model).items() if "_selected" not in n}
+        values = {n: whole(trainer.model)[n + "_selected"] for n in trainer.selection.packed}
+        for name, part in plan.tensors.items():
+            if name in values:
+                weights[name].view(-1)[part.flat().long()] = values[name]
+    else:
+        trainer.end_selection()
+        weights = whole(trainer.model)
+    start = dict(model.named_parameters())
+    strays = sum(
+        int(((weights[name] != start[name].float()) & ~part.mask()).sum())
+        for name, part in plan.tensors.items()
+    )
+    moved = sum(int((weights[name] != start[name].float()).sum()) for name in plan.tensors)
+    out = {
+        "sharded": trainer.accelerator.distributed_type == DistributedType.DEEPSPEED,
+        "ranks": ranks,
+        "plan": plan.fingerprint(),
+        "selected": plan.count,
+        "strays": strays,
+        "moved": moved,
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "weights": {name: tensor.flatten().tolist() for name, tensor in weights.items()},
+    }
+    Path(folder, f"rank{trainer.args.process_index}of{ranks}.json").write_text(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
