@@ -40,8 +40,8 @@ def test_the_example_method_is_found_and_works(tmp_path):
 
 
 def test_the_example_configuration_is_accepted(tmp_path):
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
-    (tmp_path / "run.yaml").write_text(block)
+    run, selection = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    (tmp_path / "run.yaml").write_text(run + selection)
     from posttrain.config.check import check_config
 
     report = check_config(tmp_path / "run.yaml")
