@@ -15,6 +15,16 @@ reference forward and keeps a reference model), ``off`` (ours with ``methods=[]`
 Schedules: ``on_policy``; ``off_policy`` takes four optimiser steps per generation batch, so that old
 log-probabilities are made. Lp-Reg acts on 1 % of the negative tokens, from two on: ``gauges`` says how many.
 
+At a large vocabulary on a CPU more than half of a step of TRL goes to page faults: glibc maps every tile of
+logits anew, some 680,000 pages a step with ``--size wide --tokens 32``, and how many depends on what else the
+process allocates. That hides differences of a few percent; with glibc told to keep its memory they show::
+
+    MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 \\
+        python scripts/bench/bench_step.py --size wide --tokens 32 --rollouts 30 --no-memory
+
+What is left of ours there is the gradient of SPINE's band: the logits of the forks outside it, some 7 % of
+the positions that TRL scores, are computed once more. Lp-Reg finds no token to act on below ``--tokens 128``.
+
 On a GPU (about 60 GB of memory and 3 minutes; nothing is downloaded)::
 
     python scripts/bench/bench_step.py --size qwen0.5b --dtype bfloat16 --tokens 512 --rollouts 20 \\
