@@ -100,3 +100,19 @@ def assert_same_table(shown, verb, metrics):
         for metric in metrics:
             expected = evaluation[part]["metrics"][metric]["value"]
             assert column(shown, part, metric) == pytest.approx(expected, abs=6e-4), (part, metric)
+
+
+def test_continual_recipe_keeps_to_its_configurations(tmp_path):
+    recipe = (ROOT / "recipes" / "continual.py").read_text()
+    for name in ("words", "sums"):
+        config = load_run_config(ROOT / "configs" / "continual" / f"{name}.yaml")
+        assert config.data.source in recipe
+        assert f"{config.data.train.size:_}" in recipe or str(config.data.train.size) in recipe
+    small = small_copy(
+        "continual.py", tmp_path, {'train={"size": 20_000, "seed": 0}': 'train={"size": 200, "seed": 0}'}
+    )
+    small.write_text(small.read_text().replace('eval={"size": 200}', 'eval={"size": 8}'))
+    lines = run(small, "--steps", 2).splitlines()
+    assert [line.rpartition(":")[0] for line in lines if line.startswith("after")] == [
+        "after words", "after words", "after sums", "after sums",
+    ]  # fmt: skip
