@@ -228,8 +228,8 @@ class SelectionConfig(Section):
     )
     weight_decay: Literal["off", "selected", "to_base"] = Field(
         default="off",
-        description="Whether trainer.weight_decay acts on selected scalars: not, towards 0, or towards the "
-        "weights before training. The others never decay.",
+        description="Whether trainer.weight_decay acts on single selected scalars: not, towards 0, or "
+        "towards the weights before training. Unselected ones never decay, tensors that train whole do.",
     )
     age_correction: bool = Field(
         default=True, description="Adam's bias correction by the steps a scalar has trained."
@@ -238,6 +238,31 @@ class SelectionConfig(Section):
     examples: int = Field(
         default=1024, ge=1, description="Training rows that a selector may score weights on."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_selector(cls, data: Any) -> Any:
+        from posttrain.selection.registry import available
+
+        if not isinstance(data, dict):
+            return data
+        unknown = [key for key in data if key not in cls.model_fields]
+        several = [key for key in unknown if key in available()]
+        if len(several) > 1:
+            raise _refuse(
+                several[1],
+                f"one selection has one selector, found {' and '.join(several)}: keep one",
+            )
+        name = data.get("method") or next(iter(several), None)
+        fields = available()[name].model_fields if isinstance(name, str) and name in available() else ()
+        for key in unknown:
+            if key in fields:
+                raise _refuse(
+                    key,
+                    f"{key!r} is a parameter of {name}, so it goes below it: selection: "
+                    f"{{{name}: {{{key}: ...}}}}",
+                )
+        return data
 
     @model_validator(mode="after")
     def _one_source(self) -> SelectionConfig:

@@ -71,7 +71,9 @@ def _unknown(name: str, error: Exception) -> Problem:
             f"the selector {name!r} cannot be loaded: {reason}", path, needed="package.module:ClassName"
         )
     known = registry.available()
-    near = nearest(name, known)
+    # a method may be known by the name in its title: PaFi is 'magnitude'
+    titled = (key for key, cls in known.items() if name.lower() == cls.title.lower().partition(":")[0])
+    near = nearest(name, known) or next(titled, None)
     return Problem(
         f"unknown selector {name!r}",
         path,
@@ -119,6 +121,20 @@ def _selector_rules(
             ("trainer", "optim") if "optim" in trainer else ("selection",),
             found=optim,
             needed="adamw_torch",
+        )
+    if selector.schedule == "grow" and selection.weight_decay != "off":
+        yield Problem(
+            f"{selector.name} is defined without weight decay",
+            ("selection", "weight_decay"),
+            found=selection.weight_decay,
+            needed="off",
+        )
+    elif selection.weight_decay == "to_base" and selection.backend in ("freeze", "masked"):
+        yield Problem(
+            "weight_decay to_base needs packed values, which remember where they began",
+            ("selection", "backend"),
+            found=selection.backend,
+            needed="auto, packed or composed",
         )
     can = ("auto", "masked", *(["packed"] if selector.schedule == "shrink" and processes() == 1 else []))
     if changing and selection.backend not in can:

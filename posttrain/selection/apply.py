@@ -213,6 +213,8 @@ def apply(
         elif (part.partial or scalars) and chosen in ("packed", "composed"):
             selection.packed[name] = pack(places[parameter], part, composed=chosen == "composed")
         elif chosen == "masked" and (part.partial or part.kind == "none" or scalars):
+            if not parameter.is_contiguous():
+                raise PlanError(f"{name} is not contiguous; call .contiguous() on it")
             selection.positions[parameter] = (
                 torch.empty(0, dtype=torch.int32) if part.kind == "none" else part.flat()
             )

@@ -16,6 +16,7 @@ Ranks
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
     from posttrain.selection.adamw import SelectiveAdamW
     from posttrain.selection.apply import Selection
+
+logger = logging.getLogger(__name__)
 
 LAST = -1e30
 """The score that comes after every other one; the sum of a block of them is still a number."""
@@ -206,6 +209,13 @@ class Growth:
         Raises:
             FloatingPointError: A gradient that is scored is not finite; nothing is released then.
         """
+        if self.step == 0 and self.total_steps is not None:
+            count = self.selector.released(run_steps, self.total_steps, self.budget)
+            if count < self.budget:
+                logger.warning(
+                    "%s releases %d scalars in %d steps, and the run has %d: only %d of them will train",
+                    self.selector.name, self.budget, self.total_steps, run_steps, count,
+                )  # fmt: skip
         self.total_steps = self.total_steps or run_steps
         due = 0
         if self.step % self.selector.every == 0:

@@ -26,7 +26,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from posttrain._lazy import torch
 from posttrain.selection.plan import PlanError, SelectionPlan, TensorSelection
@@ -63,7 +63,25 @@ def _compiled(pattern: str) -> str:
 Pattern = Annotated[str, AfterValidator(_compiled)]
 """A regular expression, searched (not matched whole) in names like ``model.layers.0.mlp.up_proj.weight``."""
 
-Budget = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+
+def _counted(budget: object) -> object:
+    # pydantic would take 1.0, meant as all of them, and True for one scalar
+    what = "a whole number of scalars from 1 on, or a fraction of the candidates above 0 and below 1"
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise ValueError(f"a budget is {what}, found {budget!r}")
+    if isinstance(budget, int) and budget >= 1:
+        return budget
+    if isinstance(budget, float) and 0 < budget < 1:
+        return budget
+    fix = ""
+    if budget == 1:
+        fix = ": write 1 for one scalar; to train all of them, drop the selection"
+    elif budget > 1 and float(budget).is_integer():
+        fix = f": write {int(budget)}"
+    raise ValueError(f"a budget is {what}, found {budget!r}{fix}")
+
+
+Budget = Annotated[int | float, BeforeValidator(_counted)]
 """A number of scalars, or a fraction of the candidates: floor(fraction * n)."""
 
 

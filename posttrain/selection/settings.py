@@ -20,8 +20,9 @@ class Select:
     Attributes:
         what: A plan, or a selector that makes one.
         backend: See :mod:`posttrain.selection.apply`.
-        weight_decay: Whether decoupled decay acts on selected scalars: ``off``, ``selected`` (towards 0) or
-            ``to_base`` (towards the weights before training). Unselected scalars never decay.
+        weight_decay: Whether decoupled decay acts on single selected scalars: ``off``, ``selected`` (towards
+            0) or ``to_base`` (towards the weights before training). Unselected scalars never decay; tensors
+            that train whole decay as without a selection.
         age_correction: Bias correction by the number of steps a scalar has trained, see
             :mod:`posttrain.selection.adamw`.
         round: Round of a sequence of trainings, for selectors that draw anew in each.

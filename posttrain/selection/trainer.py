@@ -42,8 +42,9 @@ class SelectionMixin(ExactResume):
     """Trains what a plan selects.
 
     With no selection every method is that of the trainer beneath. Weight decay never reaches unselected
-    scalars; by default (``off``) it does not act on packed values either, ``selected`` lets it pull them
-    towards 0 and ``to_base`` towards the weights before training.
+    scalars; by default (``off``) it does not act on single selected ones either, ``selected`` lets it pull
+    them towards 0 and ``to_base`` towards the weights before training. Tensors that train whole decay as they
+    do without a selection, but for selections that grow, which are defined without decay.
 
     Attributes:
         selection: The plan in force, or None.
@@ -230,15 +231,16 @@ class SelectionMixin(ExactResume):
             return super().create_optimizer(model)
         target: Any = self.model if model is None else model
         decayed = set(self.get_decay_parameter_names(target))
-        trained = [(name, p) for name, p in target.named_parameters() if p.requires_grad]
-        decay = 0.0 if self._decay == "off" else self.args.weight_decay
-        groups = [
-            {"params": [p for name, p in trained if name in decayed], "weight_decay": decay},
-            {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
-        ]
+        scalars = self.selection.positions
+        groups: dict[float, list[torch.nn.Parameter]] = {}
+        for name, parameter in target.named_parameters():
+            if parameter.requires_grad:
+                off = self._growth is not None or (self._decay == "off" and parameter in scalars)
+                decay = self.args.weight_decay if name in decayed and not off else 0.0
+                groups.setdefault(decay, []).append(parameter)
         self.optimizer = SelectiveAdamW(
-            [group for group in groups if group["params"]],
-            self.selection.positions,
+            [{"params": groups[decay], "weight_decay": decay} for decay in sorted(groups, reverse=True)],
+            scalars,
             lr=self.args.learning_rate,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,

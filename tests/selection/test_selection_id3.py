@@ -181,6 +181,26 @@ def test_a_released_scalar_has_its_own_age():
         assert model.p0[2].item() == 1.0
 
 
+def test_a_schedule_that_does_not_fit_into_the_run_is_warned_of(caplog):
+    for steps, total, count in ((4, 8, 1), (4, 4, 0), (6, 8, 0)):  # of 6 scalars; the third has all by step 6
+        _, growth, optimizer = growing(ID3(budget=6, total_steps=total), THETA)
+        growth.parameters["p0"].grad = torch.tensor(G0)
+        caplog.clear()
+        growth.release(optimizer, steps)
+        growth.release(optimizer, steps)
+        assert (
+            caplog.text.count("6 scalars in 8 steps, and the run has 4: only 4 of them will train") == count
+        )
+
+
+def test_weights_that_are_not_contiguous_are_refused_before_training():
+    model = torch.nn.Module()
+    model.p0 = torch.nn.Parameter(torch.randn(3, 4).t())
+    plan, candidates, _ = ID3(budget=2).begin(model)
+    with pytest.raises(PlanError, match=r"p0 is not contiguous; call \.contiguous\(\)"):
+        apply(model, plan, candidates=candidates)
+
+
 def test_broken_gradients_are_named_and_release_nothing():
     model, growth, optimizer = growing(ID3(budget=2), [1.0, 1.0, 1.0])
     for bad in (math.nan, math.inf):

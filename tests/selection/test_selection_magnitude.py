@@ -58,3 +58,12 @@ def test_always_train_is_charged():
 def test_a_broken_weight_is_named():
     with pytest.raises(FloatingPointError, match="t0 at flat position 1"):
         Magnitude(budget=1).select(toy([1.0, float("nan")]))
+
+
+@pytest.mark.parametrize(
+    "budget", [1.0, 2.0, True, False, 0, 0.0, -1, float("nan"), float("inf"), "0.1", None]
+)
+def test_what_is_neither_a_count_nor_a_fraction_is_refused(budget):
+    """1.0 is meant as all and would be taken for one scalar."""
+    with pytest.raises(ValueError, match="a budget is a whole number"):
+        Magnitude(budget=budget)

@@ -187,6 +187,25 @@ def test_weight_decay_modes_with_no_gradient(tmp_path, decay, expected):
         assert torch.allclose(packed.values, before[name] * expected, rtol=1e-6), name
 
 
+@pytest.mark.parametrize(("decay", "scalars"), [("off", 1.0), ("selected", 0.9)])
+@pytest.mark.parametrize("backend", ["packed", "masked"])
+def test_whole_tensors_decay_as_without_a_selection(tmp_path, backend, decay, scalars):
+    """lr 1, wd 0.1, gradient 0: the same for both backends, as for frozen tensors."""
+    start = dict(support.model(tied=True).named_parameters())
+    whole = "model.layers.0.mlp.up_proj.weight"
+    plan = plan_for(support.model(tied=True), whole=[whole])
+    trainer = sft(tmp_path, plan, backend=backend, decay=decay, learning_rate=1.0, max_steps=1)
+    trainer.compute_loss = lambda model, *a, **k: sum(
+        (p * 0).sum() for p in model.parameters() if p.requires_grad
+    )
+    trainer.train()
+    trainer.selection.remove()
+    for name, tensor in trainer.model.named_parameters():
+        factor = 0.9 if name == whole else 1.0 if "norm" in name else scalars
+        expected = torch.where(plan.tensors[name].mask(), start[name] * factor, start[name])
+        assert torch.allclose(tensor, expected, rtol=1e-6), name
+
+
 def test_half_precision_logs_what_is_visible(tmp_path):
     plan = plan_for(support.model(tied=True, dtype=torch.bfloat16))
     trainer = sft(tmp_path, plan, dtype=torch.bfloat16, learning_rate=1e-6)
