@@ -15,16 +15,16 @@ positions       content                                                   bytes 
 none            every element is there                                    0
 ==============  ========================================================  =========================
 
-``idx`` and ``map`` are preferred where they need at most 6 bytes per value together with the value: so it is
-for 16-bit weights at every density (4 + 2 below the break-even density of 1/32, less above) in tensors of
-less than 2^31 elements. An fp32 value leaves 2 bytes for its position, which ``gap`` keeps to where at least
-about one element in 5,000 changed, at random positions; sparser, value and position need 7 bytes (8 below one
-in a million).
+Position and value of a 16-bit weight need at most 6 bytes together at every density in tensors of less than
+2^31 elements (at random positions about 3.3 at 1 %, 4 at 0.1 %, 2.3 at 40 %). An fp32 value leaves 2 bytes
+for its position, which ``gap`` keeps to where at least about one element in 5,000 changed; sparser, value and
+position need 7 bytes (8 below one in a million).
 
 The metadata entry ``format`` is ``posttrain-delta``; ``delta`` is JSON: :class:`Header`, with ``version`` and
 ``mode`` (``absolute``). It has the base's address and, for every tensor, the hash
 (:func:`posttrain.selection.plan.tensor_hash`) before and after, so that a wrong base is refused and a result
-is known to be right. Beside the values the file takes about 500 bytes per tensor.
+is known to be right. Beside the values the file takes about 500 bytes per tensor, which is most of it where
+a tensor has only some hundreds of values.
 """
 
 from __future__ import annotations
@@ -49,9 +49,6 @@ from posttrain.selection.plan import index_dtype
 
 FORMAT = "posttrain-delta"
 VERSION = 1
-BYTES_PER_VALUE = 6
-"""What position and value may need together before plain positions give way to packed ones."""
-
 Positions = Literal["idx", "map", "gap", "all"]
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -158,13 +155,12 @@ class StreamedHash:
 # ---- positions ---------------------------------------------------------------------------------------------
 
 
-def encode(positions: torch.Tensor, elements: int, value_bytes: int) -> tuple[Positions, torch.Tensor | None]:
+def encode(positions: torch.Tensor, elements: int) -> tuple[Positions, torch.Tensor | None]:
     """Return the smallest form of sorted positions (k,) of a tensor; see the module page.
 
     Args:
         positions: (k,) int64, strictly increasing, k > 0.
         elements: Size of the tensor.
-        value_bytes: Bytes of a value.
     """
     count = positions.numel()
     if count == elements:
@@ -172,7 +168,7 @@ def encode(positions: torch.Tensor, elements: int, value_bytes: int) -> tuple[Po
     index = index_dtype(elements)
     plain = {"idx": count * index.itemsize, "map": -(-elements // 8)}
     kind: Positions = "map" if plain["map"] < plain["idx"] else "idx"
-    if plain[kind] + count * value_bytes > count * BYTES_PER_VALUE:
+    if count < plain[kind]:  # a gap needs at least one byte
         gaps = _encode_gaps(positions)
         if gaps.numel() < plain[kind]:
             return "gap", gaps
@@ -253,7 +249,7 @@ class DeltaWriter:
         count, elements = entry.positions.numel(), int(np.prod(shape, dtype=np.int64))
         if count == 0:
             return
-        kind, stored = encode(entry.positions, elements, entry.values.element_size())
+        kind, stored = encode(entry.positions, elements)
         if stored is not None:
             self._stored[f"{name}.{kind}"] = stored
         self._stored[f"{name}.val"] = entry.values

@@ -21,8 +21,9 @@ Statistics
     labels of the sequence; rows without a label are left out. Sums are fp32 (squares of bf16 gradients
     underflow in half precision), the model is in eval mode. F_D is made of both sets: in the proportion in
     which rows are given, or with ``forget_share``, the forget set's share of all training data, where only
-    a sample of the rest is looked at. Several processes give each its own rows; sums of squares are added up
-    over ranks, never gradients.
+    a sample of the rest is looked at. With a share s nothing passes alpha >= 1/s, for F_D >= s F_f: where the
+    sets are of one size alpha has to be below 2, or ``forget_share`` set. Several processes give each its own
+    rows; sums of squares are added up over ranks, never gradients.
 
 Defaults and where they come from
     alpha 10 and lambda 1 are the official code's (alpha 5 for ViT class forgetting), k = 1. Block matrices
@@ -58,7 +59,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -248,6 +249,8 @@ class SSD(ElementSelector):
         forget, retain = two_sets(self.name, batches)
         found = importances(model, forget, retain, self)
         alpha = self.threshold(found)
+        if problem := _hopeless(alpha, _share(found.rows, self)):
+            raise PlanError(problem)
         where = {
             name: chosen(found.forget[name], found.full[name], alpha).flatten().nonzero().flatten()
             for name in found.forget
@@ -303,12 +306,28 @@ def importances(
     _refuse_empty(rows, settings)
     in_forget, in_retain = rows
     mean_forget = {name: value / in_forget for name, value in sums[0].items()}
-    share = in_forget / (in_forget + in_retain) if settings.forget_share is None else settings.forget_share
+    share = _share(rows, settings)
     full = {
         name: share * value + (1 - share) * sums[1][name] / max(in_retain, 1)
         for name, value in mean_forget.items()
     }
     return Importances(mean_forget, full, (in_forget, in_retain))
+
+
+def _share(rows: Sequence[int], settings: SSD) -> float:
+    """Return the weight of the forget set in F_D."""
+    return rows[0] / sum(rows) if settings.forget_share is None else settings.forget_share
+
+
+def _hopeless(alpha: float, share: float) -> str | None:
+    """Say why no scalar can pass a threshold, if so: F_D >= share F_f, so F_f <= F_D / share."""
+    if alpha * share < 1:
+        return None
+    return (
+        f"alpha {alpha:g} selects nothing: the forget set is {share:.2%} of the data that SSD looked at, so "
+        f"F_f is at most {1 / share:.3g} F_D. If it is less of all training data say so with forget_share "
+        "(0.01 for 1 %), else take a smaller alpha, or a fraction"
+    )
 
 
 def _rows(batches: Iterable[Batch], *, labelled: bool) -> Iterator[Batch]:
@@ -369,6 +388,8 @@ def ssd(
     settings = SSD() if settings is None else settings
     _refuse_model(model, again=again)
     found = importances(model, forget, retain, settings, device=device)
+    if problem := _hopeless(settings.threshold(found), _share(found.rows, settings)):
+        logger.warning(problem)
     return apply(model, found, settings, again=again)
 
 

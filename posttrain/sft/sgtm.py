@@ -251,7 +251,8 @@ class SGTM(Method):
     def groups(self, columns: Mapping[str, torch.Tensor], place: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Return the rows of each mode, (B,) bool; see the module page."""
         marks = columns["forget"]
-        seed = (self.seed << 40) + (place[0] << 12) + place[1]  # equal on all ranks, and after a resume
+        # equal on all ranks, and after a resume; torch looks at the lowest 32 bits of a seed only
+        seed = (self.seed * 0x9E3779B1 + (place[0] << 12) + place[1]) % 2**32
         draw = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
         forget, retain = marks > 0, (marks == 0) & (draw < self.retain_mask_prob)
         return {"forget": forget, "retain": retain, "default": ~forget & ~retain}

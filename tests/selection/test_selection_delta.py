@@ -184,21 +184,23 @@ def test_files_beside_the_delta_take_the_place_of_the_bases(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "density", "kind", "limit"),
     [
-        (torch.bfloat16, 1e-4, "idx", 6),
-        (torch.bfloat16, 0.03, "idx", 6),
-        (torch.bfloat16, 0.033, "map", 6),
+        (torch.bfloat16, 1e-6, "gap", 6),
+        (torch.bfloat16, 1e-4, "gap", 4.3),
+        (torch.bfloat16, 0.01, "gap", 3.3),
+        (torch.bfloat16, 0.1, "gap", 3.01),
         (torch.bfloat16, 0.4, "map", 2.32),
         (torch.float32, 1e-5, "gap", 7),
         (torch.float32, 5e-4, "gap", 6),
         (torch.float32, 0.01, "gap", 5.5),
-        (torch.float32, 0.1, "map", 5.26),
+        (torch.float32, 0.1, "gap", 5.01),
+        (torch.float32, 0.2, "map", 4.63),
     ],
 )
 def test_at_most_six_bytes_per_value(dtype, density, kind, limit):
     elements = 10_000_000
     generator = torch.Generator().manual_seed(0)
     where = torch.rand(elements, generator=generator).argsort()[: int(density * elements)].sort().values
-    found, stored = encode(where, elements, dtype.itemsize)
+    found, stored = encode(where, elements)
     assert found == kind
     assert stored.nbytes / len(where) + dtype.itemsize <= limit
     assert torch.equal(decode(found, stored, elements), where)
@@ -209,16 +211,24 @@ def test_positions_come_back_at_the_edges(where):
     positions = torch.tensor(where)
     for elements in (8, 9, 3_000_000_001):
         if where[-1] < elements and (elements < 10 or where[-1] > 10):
-            for value_bytes in (2, 4):
-                kind, stored = encode(positions, elements, value_bytes)
-                assert torch.equal(decode(kind, stored, elements), positions)
-                assert kind != "idx" or stored.dtype == (torch.int64 if elements > 2**31 else torch.int32)
+            kind, stored = encode(positions, elements)
+            assert torch.equal(decode(kind, stored, elements), positions)
+
+
+def test_positions_that_are_far_apart_stay_plain():
+    positions = torch.tensor([2**28, 2**29 + 5, 2**30])  # five digits each
+    kind, stored = encode(positions, 2**31 - 1)
+    assert (kind, stored.dtype) == ("idx", torch.int32)
+    assert stored.tolist() == positions.tolist()
+    kind, stored = encode(positions * 16, 2**35)
+    assert (kind, stored.dtype) == ("gap", torch.uint8)
+    assert torch.equal(decode(kind, stored, 2**35), positions * 16)
 
 
 def test_gaps_by_hand():
     # gaps 5, 0, 127 -> 05 00 7f; 128 -> 80 01; 16384 -> 80 80 01
     positions = torch.tensor([5, 6, 134, 263, 16648])
-    kind, stored = encode(positions, 10**7, 4)
+    kind, stored = encode(positions, 10**7)
     assert kind == "gap"
     assert stored.tolist() == [5, 0, 127, 0x80, 1, 0x80, 0x80, 1]
 
@@ -305,11 +315,11 @@ def test_a_damaged_file_is_named(tmp_path, change, words):
     tuned = folder(tmp_path / "tuned", w=torch.where(weight % 30 == 1, -weight, weight))
     write_delta(base, tuned, tmp_path / "d")
     with DeltaFile(tmp_path / "d") as file:
-        assert file.header.tensors["w"].positions == "map"  # 3 of 64
+        assert file.header.tensors["w"].positions == "gap"  # 3 of 64
     damaged(
         tmp_path / "d",
         lambda t, h: (
-            t.pop("w.map"),
+            t.pop("w.gap"),
             t.__setitem__("w.idx", torch.tensor([1, 31, 61], dtype=torch.int32)),
             h["tensors"]["w"].__setitem__("positions", "idx"),
         ),
@@ -437,9 +447,9 @@ def test_round_trip_on_a_real_checkpoint(tmp_path, dtype):
     model = nudged(AutoModelForCausalLM.from_pretrained(REAL, dtype=dtype), share=0.01)
     tuned = saved(model, tmp_path / "tuned")
     header = write_delta(REAL, tuned, tmp_path / "d")
-    # 6 bytes per value, and the header
-    assert sum(tensor.nbytes for tensor in load_file(tmp_path / "d").values()) <= 6 * header.changed
-    assert (tmp_path / "d").stat().st_size <= 6 * header.changed + 550 * len(header.tensors)
+    stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "d").values())
+    assert stored <= (5.4 if dtype == torch.float32 else 3.4) * header.changed
+    assert (tmp_path / "d").stat().st_size <= stored + 550 * len(header.tensors)
     apply_delta(tmp_path / "d", tmp_path / "applied")
     with Checkpoint(tmp_path / "applied") as one, Checkpoint(tuned) as two:
         for name in two.tensors:

@@ -172,11 +172,18 @@ def test_the_edit_is_that_of_the_formula_reported_and_marked(tmp_path):
     assert [edit["alpha_used"] for edit in getattr(again.config, MARKER)] == [1.5, 1.5]
 
 
-def test_forget_set_as_all_data_selects_nothing_from_alpha_one_on():
+def test_forget_set_as_all_data_selects_nothing_from_alpha_one_on(caplog):
     model, start = support.model(), support.model()
     same = batches(4, 1)
-    report = ssd(model, same, same, SSD(alpha=1.0))
+    report = ssd(model, same, same, SSD(alpha=2.0))
     assert report.fraction == 0
+    assert "at most 2 F_D" in caplog.text
+    assert ssd(support.model(), same, same, SSD(alpha=1.0)).fraction == 0
+    # as with different rows whose share is too large for this alpha
+    two = {"forget": same, "retain": batches(4, 2)}
+    with pytest.raises(PlanError, match=r"50\.00%.*forget_share"):
+        SSD().select(support.model(), batches=two)
+    assert SSD(forget_share=0.01).select(support.model(), batches=two).count > 0
     support.assert_same(support.weights(model), support.weights(start))
 
 

@@ -348,6 +348,22 @@ def test_the_gradient_of_a_mixed_batch_is_the_sum_of_the_modes(accumulation, tmp
     assert logged == pytest.approx([modes.count(m) / len(modes) for m in ("forget", "retain", "default")])
 
 
+def test_the_draws_of_retain_mode_hang_on_the_seed():
+    marks = {"forget": torch.zeros(2)}
+
+    def draws(seed):
+        method = SGTM(retain_mask_prob=0.5, seed=seed)
+        places = [(step, micro) for step in range(100) for micro in range(2)]
+        return [bool(method.groups(marks, place)["retain"].all()) for place in places]
+
+    found = [draws(seed) for seed in (0, 1, 20260101, 2**31)]
+    assert draws(1) == found[1]
+    for number, one in enumerate(found):
+        assert 70 < sum(one) < 130  # 100, deviation 7
+        for other in found[:number]:
+            assert 70 < sum(a == b for a, b in zip(one, other, strict=True)) < 130
+
+
 def test_without_labels_and_rho_it_is_plain_training(tmp_path):
     settings = {"optim": "adamw_torch", "max_steps": 4, "max_grad_norm": 1.0}
     method = SGTM(mlp_units=4, choose="last", retain_mask_prob=0.0, silence_first=False, at_end="keep")
@@ -440,3 +456,11 @@ def test_relearning_counts_steps_and_leaves_the_model(tmp_path):
     assert steps_to(curve, 0.0) is None
     with pytest.raises(ValueError, match="found none"):
         relearn(model, [], batches, learning_rate=1e-2, steps=1)
+    nothing = [{"input_ids": ids(), "labels": torch.full_like(ids(), -100)}]
+    with pytest.raises(ValueError, match="to train on has a label"):
+        relearn(model, nothing, batches, learning_rate=1e-2, steps=1)
+    # a rate whose steps round away in half precision: the copy is one of fp32
+    half = support.model(dtype=torch.bfloat16)
+    curve = relearn(half, batches, batches[:1], learning_rate=1e-5, steps=4)
+    assert curve == relearn(half.float(), batches, batches[:1], learning_rate=1e-5, steps=4)
+    assert [nll for _, nll in curve] == sorted((nll for _, nll in curve), reverse=True)
