@@ -161,7 +161,8 @@ def _selector_rules(
             "hft with an adapter freezes half of the adapter's matrices; the base is frozen anyway",
             ("selection", "method"),
             "warning",
-            suggestion="drop model.adapter for half fine-tuning",
+            suggestion="drop model.adapter for half fine-tuning; to halve a LoRA, hft: {categories: "
+            "[attention, feed_forward], always_train: []}",
         )
     if selection.round and selector.schedule != "round":
         yield Problem(

@@ -103,8 +103,12 @@ class Packed:
     @torch.no_grad()
     def write(self, weight: nn.Parameter, *, always: bool = False) -> None:
         """Bring W up to date with ``values``, if they may have changed since the last time or ``always``."""
-        if always or self.stale or self._written != self.values._version:
-            weight.detach().view(-1)[self.index] = self.values.to(weight.dtype)
+        changed = self._written != self.values._version
+        if always or self.stale or changed:
+            # a read while a backward runs (recomputation of shared layers) writes what is there already, and
+            # must not count as a change of W to the rest of that backward: .data has no version
+            target = weight.detach() if always or changed else weight.data
+            target.view(-1)[self.index] = self.values.to(weight.dtype)
             self._written, self.stale = self.values._version, False
 
     @torch.no_grad()

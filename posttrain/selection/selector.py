@@ -130,11 +130,19 @@ class Selector(BaseModel):
         """Return the parameters that may be selected, in the order of ``named_parameters()``.
 
         Raises:
-            PlanError: A pattern matches nothing, nothing is left, or the weights are partitioned.
+            PlanError: A pattern matches nothing, nothing is left, the weights are partitioned, or packed by a
+                selection that is still in force.
         """
+        from posttrain.selection.packed import packed_tensors
+
         names = all_names(model)
         parameters = dict(model.named_parameters())
         _refuse_partitioned(parameters)
+        if next(packed_tensors(model), None) is not None:
+            raise PlanError(
+                "a selection is in force in this model, so its candidates are hidden: leave it first "
+                "(Selection.remove, or end_selection of the trainer)"
+            )
         usable = {name: p for name, p in parameters.items() if p.requires_grad and not is_quantised(p)}
         kept = dict(usable)
         if self.include:

@@ -200,3 +200,44 @@ def test_what_cannot_be_packed_is_refused():
     )
     with pytest.raises(PlanError, match="quantised"):
         pack([(quantised, "weight")], selection)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_share_a_weight_may_be_recomputed(reentrant):
+    """One read is in the graph while the recomputation of another reads again."""
+    from torch.utils.checkpoint import checkpoint
+
+    def train(packs):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4)
+        inputs = torch.randn(2, 4, requires_grad=True)
+        mask = torch.rand(4, 4) < 0.5
+        packed = None
+        if packs:
+            packed = pack([(layer, "weight")], TensorSelection.from_mask(mask))
+        trained = layer.weight if packed is None else packed.values
+        optimizer = torch.optim.AdamW([trained], lr=0.1, weight_decay=0.0, foreach=False)
+        for _ in range(3):
+            hidden = torch.tanh(layer(inputs))
+            for _ in range(2):
+                hidden = checkpoint(lambda x: torch.tanh(layer(x)), hidden, use_reentrant=reentrant)
+            hidden.sum().backward()
+            if packed is None:
+                layer.weight.grad.mul_(mask)
+            optimizer.step()
+            optimizer.zero_grad()
+        if packed is not None:
+            packed.remove()
+        return layer.weight.detach()
+
+    assert torch.allclose(train(True), train(False), rtol=0, atol=1e-6)
+
+
+def test_nothing_is_selected_while_weights_are_packed():
+    from posttrain.selection.magnitude import Magnitude
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    packed = pack([(model[0], "weight")], Magnitude(budget=3).select(model).tensors["0.weight"])
+    with pytest.raises(PlanError, match="a selection is in force"):
+        Magnitude(budget=3).select(model)
+    packed.remove()
