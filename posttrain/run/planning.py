@@ -17,7 +17,7 @@ from posttrain.models.adapter import build_peft_config
 from posttrain.models.load import load_model
 from posttrain.run.directory import RunDirectory, RunError
 from posttrain.run.trainers import build_selection, sft_trainer, trl_config
-from posttrain.selection.plan import PlanError, SelectionPlan
+from posttrain.selection.plan import SelectionPlan
 
 
 def make_plan(config: RunConfig) -> SelectionPlan:
@@ -47,7 +47,7 @@ def make_plan(config: RunConfig) -> SelectionPlan:
 
             model = get_peft_model(model, build_peft_config(config.model.adapter, model))  # type: ignore[arg-type]
         return select.what.select(model, round=select.round, batches=batches)
-    except (PlanError, ValueError) as error:
+    except (ValueError, FloatingPointError) as error:
         raise RunError(f"selection: {error}") from error
 
 

@@ -83,17 +83,13 @@ class SelectionMixin(ExactResume):
                 "weight_decay to_base acts before the step, which DeepSpeed hides: use selected or off"
             )
         model = self.accelerator.unwrap_model(self.model)
-        plan: Any = select.what
-        growing: GrowingSelector | None = None
-        candidates: list[str] = []
-        budget = 0
-        if isinstance(plan, GrowingSelector):
-            growing, (plan, candidates, budget) = plan, self._begin(plan, model, weight_decay)
-        elif not isinstance(plan, SelectionPlan):
-            batches = select.batches
-            if batches is None and plan.needs == "examples":
-                batches = self.selection_examples(select.examples, plan.groups)
-            plan = plan.select(model, round=select.round, batches=batches)
+        growing = select.what if isinstance(select.what, GrowingSelector) else None
+        try:
+            plan, candidates, budget = self._made(select, model)
+        except PlanError:
+            raise
+        except (ValueError, FloatingPointError) as error:  # an impossible budget, a broken weight
+            raise PlanError(str(error)) from error
         backend = select.backend
         if getattr(select.what, "schedule", None) == "shrink":
             self._shrinking = select.what
@@ -159,6 +155,18 @@ class SelectionMixin(ExactResume):
             self.selection.refresh()
             self.selection.remove()
             self.selection = self._growth = None
+
+    def _made(self, select: Select, model: Any) -> tuple[SelectionPlan, list[str], int]:
+        """Return the plan to begin with, and of a growing selection the candidates and what is to come."""
+        what = select.what
+        if isinstance(what, SelectionPlan):
+            return what, [], 0
+        if isinstance(what, GrowingSelector):
+            return self._begin(what, model, select.weight_decay)
+        batches = select.batches
+        if batches is None and what.needs == "examples":
+            batches = self.selection_examples(select.examples, what.groups)
+        return what.select(model, round=select.round, batches=batches), [], 0
 
     def _begin(
         self, selector: GrowingSelector, model: Any, weight_decay: str

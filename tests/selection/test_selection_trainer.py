@@ -11,6 +11,8 @@ from posttrain import GRPOTrainer, Select, SFTTrainer
 from posttrain.checkpointing.resume import CheckpointError
 from posttrain.selection.adamw import SelectiveAdamW
 from posttrain.selection.apply import apply
+from posttrain.selection.id3 import ID3
+from posttrain.selection.magnitude import Magnitude
 from posttrain.selection.plan import PlanError, SelectionPlan, TensorSelection
 
 STEPS = 4
@@ -282,3 +284,21 @@ def test_what_cannot_be_enforced_is_refused_with_the_reason(tmp_path):
             sft(tmp_path, plan_for(support.model(tied=True), share), backend=backend, decay="to_base")
     with pytest.raises(PlanError, match="optim=sgd"):
         sft(tmp_path, plan_for(support.model(tied=True)), backend="masked", optim="sgd")
+
+
+def test_a_selector_that_cannot_select_is_a_plan_error(tmp_path):
+    """What a run reports as a mistake in its selection, not as a failure."""
+    for selector in (Magnitude(budget=10**8), ID3(budget=10**8), Magnitude(budget=1e-9)):
+        with pytest.raises(PlanError, match="candidate scalars"):
+            sft(tmp_path, selector)
+    broken = support.model(tied=True)
+    with torch.no_grad():
+        broken.model.norm.weight[3] = torch.nan
+    with pytest.raises(PlanError, match=r"norm\.weight at flat position 3 is nan"):
+        SFTTrainer(
+            model=broken,
+            args=support.sft_config(tmp_path),
+            train_dataset=support.answers(),
+            processing_class=support.tokenizer(),
+            selection=Magnitude(budget=5),
+        )
