@@ -33,6 +33,7 @@ class CardData(TypedDict, total=False):
         base_model: What training started from, as the configuration names it.
         license: SPDX id; that of a local base's card when absent.
         methods: Parameters of each method, by name.
+        selection: Which weights trained: the section of the configuration.
         data: ``source`` and what else describes the data (fingerprint, rows).
         evaluation: ``before``, ``after`` and ``difference``, each with ``metrics``: name to value, low, high.
         config: The resolved configuration, YAML.
@@ -44,6 +45,7 @@ class CardData(TypedDict, total=False):
     base_model: str
     license: str
     methods: Mapping[str, Mapping[str, Any]]
+    selection: Mapping[str, Any]
     data: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     config: str
@@ -59,6 +61,7 @@ def card_of(run: RunDirectory) -> CardData:
         card["task"] = config["task"]
         card["base_model"] = (config.get("model") or {}).get("path", "")
         card["methods"] = config.get("methods") or {}
+        card["selection"] = config.get("selection") or {}
         card["data"] = {"source": config["data"]["source"]}
     if run.manifest.is_file():
         card["manifest"] = json.loads(run.manifest.read_text())
@@ -81,7 +84,7 @@ def write_card(folder: Path, card: CardData, result: ExportResult, *, prompt: st
     title = card.get("title") or Path(result.folder).name
     sections = [
         f"# {title}\n\n{_summary(card, result)}",
-        _methods(card.get("methods") or {}),
+        _methods(_named(card)),
         _data(card.get("data") or {}),
         _metrics(card.get("evaluation") or {}),
         f"## How to load\n\n{_loading_text(result)}\n\n```python\n{loading_code(result, prompt)}\n```",
@@ -143,7 +146,7 @@ def _metadata(card: CardData, result: ExportResult) -> ModelCardData:
         license=card.get("license") or _license_of(result.base or card.get("base_model")),
         pipeline_tag="text-generation",
         datasets=[source] if is_hub_id(source) else None,
-        tags=["trl", "posttrain", *([card["task"]] if "task" in card else []), *(card.get("methods") or {})],
+        tags=["trl", "posttrain", *([card["task"]] if "task" in card else []), *_named(card)],
     )
 
 
@@ -178,6 +181,15 @@ def _summary(card: CardData, result: ExportResult) -> str:
         f"Reloaded from disk and compared with the trained model on {check.positions} probe tokens: the "
         f"logits differ by at most {check.max_difference:.2g} (allowed: {check.tolerance:.2g})."
     )
+
+
+def _named(card: CardData) -> dict[str, Mapping[str, Any]]:
+    """Return the parameters of the methods, and of the selector that chose what trains."""
+    named = dict(card.get("methods") or {})
+    selection = card.get("selection") or {}
+    if selection.get("method"):
+        named[selection["method"]] = selection.get("params") or {}
+    return named
 
 
 def _methods(methods: Mapping[str, Mapping[str, Any]]) -> str:

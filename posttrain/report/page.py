@@ -89,12 +89,14 @@ def facts(run: Run) -> list[tuple[str, str]]:
     """Return what the run is, in a few (name, value) pairs, as far as known."""
     config = run.config
     model, data = as_dict(config.get("model")), as_dict(config.get("data"))
+    selection = as_dict(config.get("selection"))
     found = [
         ("task", config.get("task")),
         ("model", model.get("path")),
         ("adapter", as_dict(model.get("adapter")).get("type")),
         ("data", data.get("source")),
         ("methods", ", ".join(curves.method_names(run))),
+        ("selection", selection.get("method") or selection.get("plan")),
         ("steps", number(run.metrics[-1][0]) if run.metrics else None),
         ("training", duration(run.summary.get("train_runtime"))),
     ]

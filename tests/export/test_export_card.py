@@ -21,6 +21,7 @@ CONFIG = {
     "model": {"path": "org/some-base"},
     "data": {"source": "reasoning_gym:chain_sum"},
     "methods": {"ace": {"alpha": 0.5}},
+    "selection": {"method": "hft", "params": {"ratio": 0.25}},
 }
 ESTIMATES = {
     "before": {"metrics": {"pass@1": {"value": 0.25, "low": 0.125, "high": 0.375}}},
@@ -64,9 +65,10 @@ def test_card_tells_what_the_run_was(run, format):
     assert card.data.library_name == {"adapter": "peft", "merged": "transformers"}[format]
     assert card.data.base_model == "org/some-base"
     assert card.data.pipeline_tag == "text-generation"
-    assert card.data.tags == ["trl", "posttrain", "rlvr", "ace"]
+    assert card.data.tags == ["trl", "posttrain", "rlvr", "ace", "hft"]
     text = card.text
     assert "[arXiv 2602.21420](https://arxiv.org/abs/2602.21420)): `ace(alpha=0.5)`" in text
+    assert "[arXiv 2404.18466](https://arxiv.org/abs/2404.18466)): `hft(ratio=0.25)`" in text
     assert "| metric | before | after | difference |" in text
     assert "| pass@1 | 0.250 [0.125, 0.375] | 0.750 [0.500, 0.875] | 0.500 [0.250, 0.625] |" in text
     assert "| maj@4 |  | 0.500 |  |" in text
