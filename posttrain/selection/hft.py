@@ -69,6 +69,21 @@ What to watch
 Official code
     None was found. A third-party version draws once per run, not per round, and lets ``L // 2`` blocks train
     one of three feed-forward matrices, as the rule above does.
+
+Evidence at laptop size
+    ``configs/continual/words.yaml`` (its first lines are the command): the embedded model learns words
+    spelled backwards from scratch (held-out accuracy 0.849), then sums, in 400 steps at 5e-4; all arms of a
+    seed begin from the same model. Five seeds (42 to 46), mean and 95 % t interval, differences paired by
+    seed; one CPU core. ``lora``: rank 16 at 1e-3. The general loss is the NLL (nats) per answer token on
+    held-out words, 0.19 before the second task::
+
+                 sums, accuracy             words, accuracy           general loss
+        full      0.453 [0.398, 0.508]       0.001 [-0.002, 0.004]     5.20 [4.14, 6.26]
+        hft      -0.027 [-0.095, 0.041]     +0.204 [0.029, 0.379] *   -3.99 [-4.60, -3.37] *
+        lora     -0.220 [-0.301, -0.139] *  +0.044 [-0.049, 0.137]    -2.55 [-4.18, -0.92] *
+
+    The claim shows: at an accuracy on the new task that does not differ, less is forgotten, on every seed.
+    Most is forgotten all the same: the tasks have nothing in common.
 """
 
 from __future__ import annotations
