@@ -7,6 +7,7 @@
     RUN/metrics.jsonl       one object per log
     RUN/completions.jsonl   sampled completions with rewards and the status of the first reward
     RUN/checkpoints/        checkpoint-N folders, each complete
+    RUN/finished_model/     the model, where a method changed it after the last checkpoint (SGTM)
     RUN/selection.safetensors  which weights train, where not all do
     RUN/s3ft.jsonl          training rows with own answers; counts in s3ft.statistics.json
     RUN/warm_start/         the same layout for the supervised stage, and its model
@@ -107,6 +108,11 @@ class RunDirectory:
     def model(self) -> Path:
         """The model a warm start leaves."""
         return self.root / "model"
+
+    @property
+    def finished_model(self) -> Path:
+        """The model after what a method does when training is over."""
+        return self.root / "finished_model"
 
     @property
     def old(self) -> Path:

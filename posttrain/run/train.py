@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,9 +229,7 @@ class _Run:
             rows, _ = self._prepare("warm start", load_warm_start(data, warm.size))
             trainer = sft_trainer(run, self.warm_args, model, self.tokenizer, rows, title="warm start")
             run_training(trainer, newest_checkpoint(run.checkpoints) if self.resume else None)
-            partial = run.model.with_name("model.partial")
-            trainer.save_model(str(partial))
-            self.on_main(lambda: self._keep_warm_start(partial))
+            self._keep_model(trainer, run.model)
         # read back: the policy then has an address, which adapters, references and cards refer to
         path = str(run.model.resolve())
         model, _ = load_model(
@@ -238,9 +237,15 @@ class _Run:
         )
         return model
 
-    def _keep_warm_start(self, partial: Path) -> None:
-        self.tokenizer.save_pretrained(partial)
-        partial.replace(self.run.warm_start.model)
+    def _keep_model(self, trainer: Any, to: Path) -> None:
+        partial = to.with_name(f"{to.name}.partial")
+        trainer.save_model(str(partial))
+
+        def keep() -> None:
+            self.tokenizer.save_pretrained(partial)
+            partial.replace(to)
+
+        self.on_main(keep)
 
     def _trainer(self, model: Any, rows: Dataset, held_out: Dataset | None, rewards: Sequence[Reward]) -> Any:
         options = {
@@ -296,7 +301,10 @@ class _Run:
             self.say(f"going on from {checkpoint.name}")
         elif self.resume:
             self.say("no checkpoint was written yet: training starts at step 0")
+        self.on_main(lambda: shutil.rmtree(self.run.finished_model, ignore_errors=True))
         run_training(trainer, checkpoint)
+        if getattr(trainer, "finished", False):
+            self._keep_model(trainer, self.run.finished_model)
 
     def _evaluated(
         self, when: str, steps: int, model: Any, rows: Dataset | None, rewards: Sequence[Reward]

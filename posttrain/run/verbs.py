@@ -41,8 +41,8 @@ def run_of(path: str | Path) -> RunDirectory | None:
 def model_of(path: str | Path) -> str:
     """Return the model folder to load for ``path``: a run stands for the model it trained.
 
-    That is its newest checkpoint, the best one when the run was to keep that
-    (``trainer.load_best_model_at_end``), or its export when no checkpoints were written.
+    That is the one a method left when training was over, else the newest checkpoint, the best one when the
+    run was to keep that (``trainer.load_best_model_at_end``), or its export when no checkpoints were written.
 
     Raises:
         RunError: A run directory without any of them.
@@ -50,6 +50,8 @@ def model_of(path: str | Path) -> str:
     run = RunDirectory(Path(path).expanduser())
     if not run.config.is_file():
         return str(Path(path).expanduser()) if str(path).startswith("~") else str(path)
+    if run.finished_model.is_dir():
+        return str(run.finished_model)
     checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint is None and run.export.is_dir():
         return str(run.export)

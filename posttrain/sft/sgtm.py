@@ -34,8 +34,10 @@ Units
 
 At the end
     ``at_end``: ``ablate`` zeroes theta_forget, ``redraw`` draws it anew from N(0, std of the rest of the
-    tensor) so that it can be trained again, ``keep`` leaves it. Checkpoints hold the model before that. A run
-    that stops early is left as it is; :func:`posttrain.selection.units.ablate` does it by hand.
+    tensor) so that it can be trained again, ``keep`` leaves it. Checkpoints hold the model before that;
+    ``posttrain train`` keeps the one after it as RUN/finished_model, which ``posttrain export RUN`` and other
+    commands take. A run that stops early is left as it is; :func:`posttrain.selection.units.ablate` does it
+    by hand.
 
     Whether anything was removed shows when one tries to learn it again:
     :func:`posttrain.sft.relearn.relearn`.

@@ -47,6 +47,9 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         selection: Which weights train: a plan, a selector, either with settings, or None for what TRL trains.
         **kwargs: As ``trl.SFTTrainer``.
 
+    Attributes:
+        finished: Whether a method has finished the model, which then is not that of the last checkpoint.
+
     Raises:
         ValueError: Two methods of one name, or a setup that a method refuses.
         TypeError: An entry of ``methods`` is not a :class:`~posttrain.sft.method.Method`.
@@ -72,6 +75,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         adapter = isinstance(given.get("model"), PeftModel) or given.get("peft_config") is not None
         check_methods(self.methods, given.get("args"), adapter=adapter)
         self._draws = 0
+        self.finished = False
         self._gauges = Gauges()
         self._columns = tuple(dict.fromkeys(name for method in self._active for name in method.columns))
         super().__init__(*args, **kwargs)
@@ -339,6 +343,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         for method in self._active:
             if self.state.global_step >= self.state.max_steps:
                 method.finish(self.accelerator.unwrap_model(self.model))
+                self.finished |= type(method).finish is not Method.finish
             elif type(method).finish is not Method.finish:
                 logger.warning("%s: training stopped early, the model was not finished", method.name)
         return result

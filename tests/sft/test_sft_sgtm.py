@@ -1,13 +1,21 @@
 """SGTM: the MLP by hand, units of decoders, what each mode moves, mixed batches, the optimiser, ablation."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import support
 import torch
+from safetensors.torch import load_file
 from test_sft_lfu import Gradients, StopAt
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import SFTTrainer as TRLSFTTrainer
 
 from posttrain import SFTTrainer
+from posttrain.config.check import load_run_config
+from posttrain.run.train import train
+from posttrain.run.verbs import export_path, model_of
 from posttrain.selection.plan import PlanError
 from posttrain.selection.strict import StrictAdamW
 from posttrain.selection.units import (
@@ -398,6 +406,42 @@ def test_the_end_removes_the_units_and_the_start_silences_them(tmp_path):
     early = trainer(tmp_path, SGTM(mlp_units=4, choose="last"), max_steps=3, callbacks=[StopAt(1)])
     early.train()
     assert early.model.model.layers[0].mlp.up_proj.weight[-4:].any()
+
+
+def test_a_run_keeps_the_finished_model_and_its_export_is_that_one(tmp_path):
+    lines = [
+        {"prompt": f"Say {i}", "completion": f" word {i}", "forget": [True, False, None][i % 3]}
+        for i in range(24)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model, tokenizer = support.model(), support.tokenizer()
+    for one in (model, tokenizer):
+        one.save_pretrained(tmp_path / "start")
+    values = {
+        "task": "sft",
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": str(tmp_path / "start")},
+        "data": {"source": str(tmp_path / "rows.jsonl")},
+        "methods": [{"sgtm": {"mlp_units": 4, "choose": "last", "seed": 20260101}}],
+        "trainer": {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 1, "use_cpu": True},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    config = load_run_config(tmp_path / "run.yaml")
+
+    def units(folder):
+        weights = load_file(Path(folder) / "model.safetensors")
+        return weights["model.layers.0.mlp.up_proj.weight"][-4:]
+
+    train(config)
+    assert units(tmp_path / "run/checkpoints/checkpoint-2").any()
+    assert model_of(tmp_path / "run") == str(tmp_path / "run/finished_model")
+    assert not units(tmp_path / "run/finished_model").any()
+    done = export_path(tmp_path / "run", to=None, format="auto", push_to=None, private=True)
+    assert not units(done["folder"]).any()
+    # a run that goes on has no finished model until it ends again
+    shutil.rmtree(tmp_path / "run/checkpoints/checkpoint-2")
+    train(config, resume=True)
+    assert not units(model_of(tmp_path / "run")).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
