@@ -154,7 +154,7 @@ def _written_as(found: Any, kind: str) -> str | None:
         return f"write {'true' if found.lower() in {'yes', 'on'} else 'false'}"
     if kind.startswith("string") and isinstance(found, (bool, int, float)):
         return f"put it in quotes: '{show(found)}'"
-    if kind.startswith("list") and isinstance(found, (str, int, float)):
+    if kind.startswith(("list", "tuple")) and isinstance(found, (str, int, float)):
         return f"write a list: [{found}]"
     if kind.startswith(("int", "float")) and isinstance(found, (str, float)):
         try:

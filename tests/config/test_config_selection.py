@@ -103,6 +103,9 @@ def test_mistakes_are_named_where_they_stand(problems, text, key, words):
 
 
 def test_near_names_are_suggested(problems):
+    assert "'magnitude'" in problems("selection: pafi")["selection"].suggestion
+    found = problems("selection: {magnitude: {exclude: embed_tokens}}")["selection.magnitude.exclude"]
+    assert found.suggestion == "write a list: [embed_tokens]"
     assert "'hft'" in problems("selection: hff")["selection"].suggestion
     assert "selection: {hft" in problems("methods: [hft]")["methods.hft"].suggestion
 
