@@ -94,7 +94,12 @@ class Packed:
         if self.index.device != weight.device:
             self.index, self.base = self.index.to(weight.device), self.base.to(weight.device)
         if self.composed:
-            return _Composed.apply(weight, self.values, self)
+            # read where they live: ZeRO-3 then gathers them for a tied weight's other module too
+            owner, attribute = self.places[0]
+            whole: torch.Tensor = _Composed.apply(weight, owner._parameters[attribute + SUFFIX], self)
+            if hasattr(weight, "ds_status"):  # TRL asks an LM head under ZeRO-3 whether it has to be gathered
+                whole.ds_status = type(weight.ds_status).AVAILABLE  # type: ignore[attr-defined]
+            return whole
         self.write(weight)
         if not torch.is_grad_enabled() or not self.values.requires_grad:
             return weight
