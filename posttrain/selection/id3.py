@@ -48,6 +48,26 @@ When not to use it
 
 What to watch
     ``selection/released``: scalars that train so far.
+
+Evidence at laptop size
+    ``configs/continual/words.yaml`` (its first lines are the command): words spelled backwards first,
+    with all weights, then sums with 33,024 scalars (4.5 %), as many as LoRA of rank 4 has, 400 steps at
+    2e-3 (LoRA at 1e-3; of two rates the one with less forgetting, FISH at this one only). Five seeds (42
+    to 46), mean and 95 % t interval, differences paired by seed; one CPU core. Accuracy on held-out words
+    was 0.849 before, their NLL 0.19::
+
+                 sums, accuracy             words, accuracy            NLL of words, nats
+        random    0.142 [0.089, 0.195]       0.572 [0.414, 0.730]       0.45 [0.24, 0.66]
+        pafi     -0.004 [-0.050, 0.042]     +0.096 [-0.024, 0.216]     -0.11 [-0.29, 0.08]
+        id3      -0.034 [-0.080, 0.012]     -0.239 [-0.487, 0.009]     +0.37 [-0.03, 0.78]
+        lora     -0.060 [-0.112, -0.008] *  -0.248 [-0.439, -0.057] *  +0.65 [-0.34, 1.65]
+        fish     +0.034 [-0.020, 0.088]     -0.572 [-0.730, -0.414] *  +4.28 [3.51, 5.05] *
+
+    The claim does not show: releasing scalars by gradient over magnitude neither learns more than a
+    random mask of the same size nor keeps more. What the gradient of the new task points at is what the
+    old task used, most clearly with FISH; PaFi, which never looks at the data, keeps most. No arm learns
+    the sums well at this rate: at 6e-3 (one seed) random reaches 0.380, PaFi 0.300, ID3 0.180, LoRA at
+    3e-3 0.185, and all have forgotten the words.
 """
 
 from __future__ import annotations
