@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -135,28 +136,38 @@ class Selection:
                 packed.write(packed.weight, always=True)
 
     def plain(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return ``state_dict`` of the model as that of a plain one, with the values in the weights."""
+        """Return ``state_dict`` of the model as that of a plain one, with the values in the weights.
+
+        Args:
+            state_dict: Whole tensors; where weights are sharded, those gathered by the launcher.
+        """
         self.refresh()
         plain = {name: tensor for name, tensor in state_dict.items() if not is_packed_name(name)}
-        for packed in self.packed.values():
-            if packed.composed:
-                whole = packed.whole()
-                weight = packed.weight
-                for name, tensor in plain.items():
-                    if tensor.data_ptr() == weight.data_ptr() and tensor.shape == weight.shape:
-                        plain[name] = whole
+        for name, packed in self.packed.items():
+            # a copy made before the refresh (ZeRO-1 and 2) is as much behind as a base that is composed
+            live = (
+                not packed.composed and name in plain and plain[name].data_ptr() == packed.weight.data_ptr()
+            )
+            if name in plain and not live:
+                values = state_dict.get(name + SUFFIX, packed.values)
+                whole = packed.whole(plain[name], values)
+                others = [other for other, first in self.start.tied.items() if first == name]
+                plain |= {other: whole for other in (name, *others) if other in plain}
         return plain
 
     def changed(self) -> float | None:
         """Return the share of packed scalars that differ from the base as the weights' type has them."""
-        total = sum(len(packed.values) for packed in self.packed.values())
-        return sum(packed.changed() for packed in self.packed.values()) / total if total else None
+        # between two steps ZeRO-3 may have taken values apart
+        whole = [packed for packed in self.packed.values() if len(packed.values) == len(packed.base)]
+        total = sum(len(packed.values) for packed in whole)
+        return sum(packed.changed() for packed in whole) / total if total else None
 
     def remove(self) -> None:
         """Leave a plain model with the trained weights, trainable as before; the plan stays readable."""
         self._plan = self.plan
         for packed in self.packed.values():
-            packed.remove()
+            with _gathered(packed):
+                packed.remove()
         self.packed, self.positions = {}, {}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._trainable_before[name])
@@ -205,20 +216,36 @@ def apply(
     )  # fmt: skip
     selection = Selection(model, plan, chosen, _trainable_before=before, _plan=None if changing else plan)
     places = _places(model)
-    for name, parameter in list(model.named_parameters()):
-        part = plan.tensors[name]
-        scalars = shrinks and part.kind == "all"
-        if part.kind == "none" and name not in candidates:
-            parameter.requires_grad_(False)
-        elif (part.partial or scalars) and chosen in ("packed", "composed"):
-            selection.packed[name] = pack(places[parameter], part, composed=chosen == "composed")
-        elif chosen == "masked" and (part.partial or part.kind == "none" or scalars):
-            if not parameter.is_contiguous():
-                raise PlanError(f"{name} is not contiguous; call .contiguous() on it")
-            selection.positions[parameter] = (
-                torch.empty(0, dtype=torch.int32) if part.kind == "none" else part.flat()
-            )
+    try:
+        for name, parameter in list(model.named_parameters()):
+            part = plan.tensors[name]
+            scalars = shrinks and part.kind == "all"
+            if part.kind == "none" and name not in candidates:
+                parameter.requires_grad_(False)
+            elif (part.partial or scalars) and chosen in ("packed", "composed"):
+                selection.packed[name] = pack(places[parameter], part, composed=chosen == "composed")
+            elif chosen == "masked" and (part.partial or part.kind == "none" or scalars):
+                if not parameter.is_contiguous():
+                    raise PlanError(f"{name} is not contiguous; call .contiguous() on it")
+                selection.positions[parameter] = (
+                    torch.empty(0, dtype=torch.int32) if part.kind == "none" else part.flat()
+                )
+    except PlanError:
+        selection.remove()
+        raise
     return selection
+
+
+def _gathered(packed: Packed) -> AbstractContextManager[Any]:
+    """Return a context in which weight and values are whole, also under ZeRO-3, and may be written."""
+    if not hasattr(packed.weight, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        [packed.weight, packed.values], modifier_rank=0
+    )
+    return gathered
 
 
 def is_packed_name(name: str) -> bool:

@@ -117,10 +117,12 @@ class Packed:
             self._written, self.stale = self.values._version, False
 
     @torch.no_grad()
-    def whole(self) -> torch.Tensor:
-        """Return W with ``values`` put in, as a new tensor."""
-        out = self.weight.detach().clone(memory_format=torch.contiguous_format)
-        out.view(-1)[self.index.to(out.device)] = self.values.to(out.dtype)
+    def whole(self, weight: torch.Tensor | None = None, values: torch.Tensor | None = None) -> torch.Tensor:
+        """Return ``weight`` with ``values`` put in (its own unless others are given), as a new tensor."""
+        weight = self.weight if weight is None else weight
+        values = self.values if values is None else values
+        out = weight.detach().clone(memory_format=torch.contiguous_format)
+        out.view(-1)[self.index.to(out.device)] = values.detach().to(out)
         return out
 
     @property

@@ -14,7 +14,7 @@ from posttrain.checkpointing.resume import CheckpointError, ExactResume
 from posttrain.selection.adamw import SelectiveAdamW
 from posttrain.selection.apply import Selection, apply, is_packed_name
 from posttrain.selection.grow import GrowingSelector, Growth
-from posttrain.selection.packed import pull_to_base
+from posttrain.selection.packed import SUFFIX, pull_to_base
 from posttrain.selection.plan import PlanError, SelectionPlan
 from posttrain.selection.settings import Backend, Decay, Select
 
@@ -375,6 +375,11 @@ class SelectionMixin(ExactResume):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_values(Path(resume_from_checkpoint))
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of keys that a checkpoint lacks, but for packed values, which are in a file of their own."""
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if not is_packed_name(key)]
+        super()._issue_warnings_after_load(load_result)
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._load_values(Path(str(self.state.best_model_checkpoint)))
@@ -426,5 +431,8 @@ class SelectionMixin(ExactResume):
         whole: Any = self.selection.model.state_dict() if state_dict is None else state_dict
         super()._save(output_dir, self.selection.plain(whole))
         if self._for_checkpoint:
-            values = {name: one.values.detach().cpu() for name, one in self.selection.packed.items()}
+            values = {
+                name: whole.get(name + SUFFIX, one.values).detach().cpu().contiguous()
+                for name, one in self.selection.packed.items()
+            }
             save_file(values, folder / VALUES_FILE)

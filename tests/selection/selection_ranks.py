@@ -12,6 +12,7 @@ import support
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from test_selection_trainer import plan_for, sft
 
 from posttrain.selection.hft import HFT
@@ -48,15 +49,12 @@ def main(folder, backend):
     )
     plan = trainer.selection.plan
     trainer.train()
-    if trainer.selection.backend == "composed":
-        weights = {n: t for n, t in whole(trainer.model).items() if "_selected" not in n}
-        values = {n: whole(trainer.model)[n + "_selected"] for n in trainer.selection.packed}
-        for name, part in plan.tensors.items():
-            if name in values:
-                weights[name].view(-1)[part.flat().long()] = values[name]
-    else:
-        trainer.end_selection()
-        weights = whole(trainer.model)
+    trainer.save_model(f"{folder}/saved")
+    trainer.end_selection()
+    weights = whole(trainer.model)
+    if trainer.accelerator.is_main_process:
+        saved = load_file(f"{folder}/saved/model.safetensors")
+        assert all(torch.equal(tensor.float(), weights[name]) for name, tensor in saved.items())
     start = dict(model.named_parameters())
     strays = sum(
         int(((weights[name] != start[name].float()) & ~part.mask()).sum())

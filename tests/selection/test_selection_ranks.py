@@ -48,7 +48,11 @@ def zero(folder, stage):
                 "machine_rank": 0,
                 "main_process_port": 0,
                 "mixed_precision": "no",
-                "deepspeed_config": {"zero_stage": stage, "gradient_accumulation_steps": "auto"},
+                "deepspeed_config": {
+                    "zero_stage": stage,
+                    "gradient_accumulation_steps": "auto",
+                    "zero3_save_16bit_model": stage == 3,
+                },
             }
         )
     )
