@@ -171,9 +171,9 @@ def _selector_rules(
             "warning",
             found=selection.round,
         )
-    if processes() > 1 and selector.schedule == "grow" and trainer.get("fsdp"):
+    if trainer.get("fsdp") and selector.granularity == "element":
         yield Problem(
-            f"{selector.name} ranks whole gradients, and FSDP shards them",
+            f"{selector.name} trains single scalars, which FSDP's shards have no positions for",
             ("selection", "method"),
-            suggestion="use DDP",
+            suggestion="launch with DDP or DeepSpeed, or select whole tensors (hft)",
         )

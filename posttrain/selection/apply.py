@@ -5,7 +5,7 @@ backend    what it does
 =========  ============================================================================================
 freeze     whole tensors train or do not; no gradient, state or reduction for the others
 packed     the selected scalars of a tensor are a parameter, written into the weight after each step
-composed   the same, put into the weight out of place at each read; for weights sharded by ZeRO-3 or FSDP2
+composed   the same, put into the weight out of place at each read; for weights sharded by ZeRO-3
 masked     dense gradients, :class:`~posttrain.selection.adamw.SelectiveAdamW` moves the selected scalars;
            for selections that change at every step, or that hold most of a tensor
 =========  ============================================================================================
@@ -192,7 +192,7 @@ def apply(
         candidates: Tensors of which more may be selected while the run goes on (ID3), beside the plan's.
         shrinks: Whether :meth:`Selection.shrink` may be called: tensors of which all scalars are selected are
             then treated as single scalars too.
-        sharded: Whether weights will be sharded (ZeRO-3, FSDP2).
+        sharded: Whether weights will be sharded (ZeRO-3).
         deepspeed: Whether DeepSpeed will own the optimiser.
 
     Raises:

@@ -14,8 +14,8 @@ In place (the default)
     ``values`` is written into W at the next read, by its version counter.
 
 Composed
-    W stays the base, and a read gives W with ``values`` put in, out of place. For sharded weights (ZeRO-3,
-    FSDP2), where a write into a gathered W is lost. Costs one copy of a tensor per read until its backward.
+    W stays the base, and a read gives W with ``values`` put in, out of place. For sharded weights
+    (ZeRO-3), where a write into a gathered W is lost. Costs one copy of a tensor per read until its backward.
 
 How a read is noticed
     The module that owns the tensor gets a class of its own, a subclass of its class with ``weight`` as a

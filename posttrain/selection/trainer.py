@@ -75,9 +75,7 @@ class SelectionMixin(ExactResume):
             raise PlanError(f"weight_decay is off, selected or to_base, found {weight_decay!r}")
         kind = self.accelerator.distributed_type
         deepspeed = kind == DistributedType.DEEPSPEED
-        sharded = kind == DistributedType.FSDP or (
-            deepspeed and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        )
+        sharded = deepspeed and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         if weight_decay == "to_base" and deepspeed:
             raise PlanError(
                 "weight_decay to_base acts before the step, which DeepSpeed hides: use selected or off"
@@ -90,6 +88,11 @@ class SelectionMixin(ExactResume):
             raise
         except (ValueError, FloatingPointError) as error:  # an impossible budget, a broken weight
             raise PlanError(str(error)) from error
+        if kind == DistributedType.FSDP and (plan.partial or candidates):
+            raise PlanError(
+                "single scalars cannot be trained under FSDP, whose shards have no flat positions: launch "
+                "with DDP or DeepSpeed, or select whole tensors (hft, bitfit, explicit)"
+            )
         backend = select.backend
         if getattr(select.what, "schedule", None) == "shrink":
             self._shrinking = select.what

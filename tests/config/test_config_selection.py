@@ -135,3 +135,9 @@ def test_a_selection_that_changes_needs_an_adamw(problems):
     found = problems(text, "trainer.optim=sgd")["trainer.optim"]
     assert (found.found, found.needed) == ("sgd", "adamw_torch")
     assert "changes the selection" in problems(text, "selection.backend=packed")["selection.backend"].message
+
+
+def test_single_scalars_under_fsdp_are_refused(problems):
+    found = problems("selection: {random: {budget: 0.1}}", "trainer.fsdp=full_shard")
+    assert "FSDP" in found["selection.random"].message
+    assert "selection.hft" not in problems("selection: {hft: {}}", "trainer.fsdp=full_shard")

@@ -3,6 +3,7 @@
 import pytest
 import support
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, SFTConfig
@@ -302,3 +303,15 @@ def test_a_selector_that_cannot_select_is_a_plan_error(tmp_path):
             processing_class=support.tokenizer(),
             selection=Magnitude(budget=5),
         )
+
+
+def test_single_scalars_under_fsdp_are_refused(tmp_path, monkeypatch):
+    plan = plan_for(support.model(tied=True))
+    trainer = sft(tmp_path)
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.FSDP)
+    with pytest.raises(PlanError, match="cannot be trained under FSDP"):
+        trainer.start_selection(plan)
+    names = [name for name, _ in trainer.model.named_parameters()]
+    whole = {names[0]: TensorSelection.all(plan.tensors[names[0]].shape)}
+    trainer.start_selection(SelectionPlan.for_model(trainer.model, whole))
+    assert trainer.selection.backend == "freeze"
