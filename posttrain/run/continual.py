@@ -291,11 +291,17 @@ def _local(
 def _train(config: RunConfig, run: RunDirectory, name: str, say: Say) -> Path:
     """Train, or go on, or find it done; return the folder of the model."""
     done = run.root / "done.json"
+    now = json.loads(config.model_dump_json())
     if done.is_file():
+        if json.loads(done.read_text(encoding="utf-8")).get("config") != now:
+            raise RunError(
+                f"{name} is done already in {run.root}, with another configuration than now: put the old one "
+                "back, or choose another --out"
+            )
         return run.export
     say(f"{name}: training")
     train(config, resume=run.config.is_file())
-    write_json(done, {"model": str(run.export)})
+    write_json(done, {"model": str(run.export), "config": now})
     return run.export
 
 

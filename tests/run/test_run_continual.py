@@ -96,6 +96,9 @@ def test_rounds_begin_where_the_last_ended_and_halves_are_drawn_anew(tasks):
     )
     assert wrong.exit_code == 2
     assert "other settings" in wrong.stderr
+    more = CliRunner().invoke(app, ["continual", *arguments, "--arm", "full", "--set", "trainer.max_steps=3"])
+    assert more.exit_code == 2
+    assert "with another configuration than now" in more.stderr
 
 
 @pytest.mark.parametrize(
