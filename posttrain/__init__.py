@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "DPOTrainer": "posttrain.preference.dpo",
+    "DPOTrainer": "posttrain.preference.trainers",
     "GRPOTrainer": "posttrain.rl.trainer",
-    "RewardTrainer": "posttrain.preference.reward",
+    "RewardTrainer": "posttrain.preference.trainers",
     "SFTTrainer": "posttrain.sft.trainer",
     "Select": "posttrain.selection.settings",
     "SelectionPlan": "posttrain.selection.plan",
@@ -33,8 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from posttrain.preference.dpo import DPOTrainer
-    from posttrain.preference.reward import RewardTrainer
+    from posttrain.preference.trainers import DPOTrainer, RewardTrainer
     from posttrain.rl.trainer import GRPOTrainer
     from posttrain.selection.delta_apply import load_delta
     from posttrain.selection.plan import SelectionPlan

@@ -218,12 +218,11 @@ def _refuse_other(path: Path, design: dict[str, Any]) -> None:
     if not path.is_file():
         return
     then = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("tasks",):
-        if then.get(key) != design[key]:
-            raise RunError(
-                f"{path.parent} holds a sequence with other {key} ({then.get(key)}, now {design[key]}): "
-                "choose another --out"
-            )
+    if then["tasks"] != design["tasks"]:
+        raise RunError(
+            f"{path.parent} holds a sequence with other tasks ({then['tasks']}, now {design['tasks']}): "
+            "choose another --out"
+        )
     for name, overrides in design["arms"].items():
         if name in then["arms"] and then["arms"][name] != overrides:
             raise RunError(

@@ -1,6 +1,6 @@
 """Sums of gradients over examples, of all candidate weights at once, with one dense gradient alive at a time.
 
-Used by the operators that score weights on examples (:mod:`posttrain.selection.ssd`,
+Used by what scores weights on examples (:mod:`posttrain.selection.fish`, :mod:`posttrain.selection.ssd`,
 :mod:`posttrain.selection.wagle`). The model is in eval mode meanwhile and comes back as it was.
 """
 

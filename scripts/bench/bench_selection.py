@@ -42,6 +42,7 @@ from common import (
 )
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 from trl import SFTTrainer as TRLSFTTrainer
 
@@ -99,8 +100,11 @@ def build(
         "processing_class": tokenizer(),
     }
     if arm == "full":
-        return TRLSFTTrainer(**arguments)
-    return SFTTrainer(**arguments, selection=selection(options.arms[arm]))
+        trainer = TRLSFTTrainer(**arguments)
+    else:
+        trainer = SFTTrainer(**arguments, selection=selection(options.arms[arm]))
+    trainer.remove_callback(PrinterCallback)  # stdout is for the JSON
+    return trainer
 
 
 # ---- time --------------------------------------------------------------------------------------------------
