@@ -14,6 +14,12 @@ os.environ.update(
 )
 
 import pytest
+from hypothesis import settings
+
+# The suite runs the same examples every time; HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.register_profile("explore", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 @pytest.fixture(autouse=True, scope="session")
