@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "DPOTrainer": "posttrain.preference.trainers",
+    "DPOTrainer": "posttrain.preference.trainer",
     "GRPOTrainer": "posttrain.rl.trainer",
-    "RewardTrainer": "posttrain.preference.trainers",
+    "RewardTrainer": "posttrain.preference.reward_trainer",
     "SFTTrainer": "posttrain.sft.trainer",
     "Select": "posttrain.selection.settings",
     "SelectionPlan": "posttrain.selection.plan",
@@ -33,7 +33,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from posttrain.preference.trainers import DPOTrainer, RewardTrainer
+    from posttrain.preference.reward_trainer import RewardTrainer
+    from posttrain.preference.trainer import DPOTrainer
     from posttrain.rl.trainer import GRPOTrainer
     from posttrain.selection.delta_apply import load_delta
     from posttrain.selection.plan import SelectionPlan

@@ -25,6 +25,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 
 from posttrain.guards import FiniteGuard
 from posttrain.kernels.head import Scored
+from posttrain.methods import vet
 from posttrain.rl.formulas import group_advantages
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import (
@@ -460,31 +461,20 @@ def check_methods(
     Raises:
         ValueError, TypeError: See :class:`GRPOTrainer`.
     """
-    for method in methods:
-        if not isinstance(method, Method):
-            raise TypeError(f"methods takes Method instances such as ACE(alpha=1.0), found {method!r}")
-    names = tuple(method.name for method in methods)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"each method may be given once, found {', '.join(twice)} more than once")
     weights = None if config is None else config.reward_weights
     if reward_names is not None and weights is None:
         weights = [1.0] * len(reward_names)
     fields = {name: field.default for name, field in GRPOConfig.__dataclass_fields__.items()}
     setup = Setup(
         trainer=vars(config) if config is not None else fields,
-        methods=names,
+        methods=tuple(getattr(method, "name", "") for method in methods),
         adapter=adapter,
         rewards=None if reward_names is None else len(reward_names),
         ranks=config.world_size if config is not None else 1,
         reward_names=reward_names,
         reward_weights=None if weights is None else tuple(weights),
-        needs_all_rows=tuple(m.name for m in methods if m.needs_all_rows and not m.neutral),
+        needs_all_rows=tuple(
+            m.name for m in methods if isinstance(m, Method) and m.needs_all_rows and not m.neutral
+        ),
     )
-    conflicts = [conflict for method in methods for conflict in method.conflicts(setup)]
-    fatal = [conflict.message for conflict in conflicts if conflict.fatal]
-    if fatal:
-        raise ValueError("; ".join(fatal))
-    for conflict in conflicts:
-        logger.warning(conflict.message)
-    return conflicts
+    return vet(methods, Method, setup, example="ACE(alpha=1.0)")

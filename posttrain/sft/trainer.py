@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ from peft import PeftModel
 from trl import SFTConfig
 from trl import SFTTrainer as TRLSFTTrainer
 
+from posttrain.columns import WithColumns
 from posttrain.guards import FiniteGuard
+from posttrain.methods import vet
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import Setup
 from posttrain.selection.plan import PlanError
@@ -134,7 +136,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
                     f"{names} scores every row first, which a stream cannot give: load it in full"
                 )
             self.train_dataset = self._with_reference(rows)
-        self.data_collator = _WithColumns(self.data_collator, self._columns)
+        self.data_collator = WithColumns(self.data_collator, self._columns)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -473,23 +475,6 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         super().load_extra_state(state)
 
 
-class _WithColumns:
-    """A collator that adds columns, as (B,) tensors, to what another one makes of the rest."""
-
-    def __init__(
-        self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], columns: Sequence[str]
-    ) -> None:
-        self.collator, self.columns = collator, columns
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator([{k: v for k, v in row.items() if k not in self.columns} for row in rows])
-        for name in self.columns:
-            if all(name in row for row in rows):
-                values = [-1 if row[name] is None else row[name] for row in rows]
-                batch[name] = torch.tensor([float(value) for value in values])
-        return batch
-
-
 @contextmanager
 def _kept_outputs(model: torch.nn.Module) -> Iterator[list[Any]]:
     """Give the outputs of each forward of ``model`` meanwhile."""
@@ -512,25 +497,15 @@ def check_methods(methods: Sequence[Method], config: Any, *, adapter: bool) -> N
     Raises:
         ValueError, TypeError: See :class:`SFTTrainer`.
     """
-    for method in methods:
-        if not isinstance(method, Method):
-            raise TypeError(f"methods takes instances such as LfU(alpha=0.1), found {method!r}")
-    names = tuple(method.name for method in methods)
-    if len(set(names)) < len(names):
-        raise ValueError(f"each method may be given once, found {', '.join(names)}")
-    replacing = [method.name for method in methods if method.replaces_loss and not method.neutral]
-    if len(replacing) > 1:
-        raise ValueError(f"one method may replace the loss, found {', '.join(replacing)}")
     fields = {name: entry.default for name, entry in SFTConfig.__dataclass_fields__.items()}
-    setup = Setup(
-        trainer=fields if config is None else vars(config),
-        methods=names,
-        adapter=adapter,
-        ranks=1 if config is None else config.world_size,
+    vet(
+        methods,
+        Method,
+        Setup(
+            trainer=fields if config is None else vars(config),
+            methods=tuple(getattr(method, "name", "") for method in methods),
+            adapter=adapter,
+            ranks=1 if config is None else config.world_size,
+        ),
+        example="LfU(alpha=0.1)",
     )
-    conflicts = [conflict for method in methods for conflict in method.conflicts(setup)]
-    fatal = [conflict.message for conflict in conflicts if conflict.fatal]
-    if fatal:
-        raise ValueError("; ".join(fatal))
-    for conflict in conflicts:
-        logger.warning(conflict.message)

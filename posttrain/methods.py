@@ -1,0 +1,46 @@
+"""What every trainer asks of the methods it is given."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.rl.method import Conflict, Setup
+
+logger = logging.getLogger(__name__)
+
+
+def vet(methods: Sequence[Any], base: type, setup: Setup, *, example: str) -> list[Conflict]:
+    """Refuse methods that cannot work together or in this setup; warn about doubtful ones.
+
+    Args:
+        methods: What the trainer was given.
+        base: Its ``Method``.
+        setup: What they may look at.
+        example: How one is written, for the message.
+
+    Returns:
+        The warnings.
+
+    Raises:
+        ValueError: Two methods of one name, two that replace the loss, or a setup that one refuses.
+        TypeError: An entry is not a ``base``.
+    """
+    for method in methods:
+        if not isinstance(method, base):
+            raise TypeError(f"methods takes instances such as {example}, found {method!r}")
+    names = [method.name for method in methods]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"each method may be given once, found {', '.join(twice)} more than once")
+    replacing = [m.name for m in methods if getattr(m, "replaces_loss", False) and not m.neutral]
+    if len(replacing) > 1:
+        raise ValueError(f"one method may replace the loss, found {', '.join(replacing)}")
+    conflicts = [conflict for method in methods for conflict in method.conflicts(setup)]
+    fatal = [conflict.message for conflict in conflicts if conflict.fatal]
+    if fatal:
+        raise ValueError("; ".join(fatal))
+    for conflict in conflicts:
+        logger.warning(conflict.message)
+    return conflicts

@@ -1,0 +1,118 @@
+"""Where ours meets ``trl.DPOTrainer``: the one place that knows how its loss is put together.
+
+TRL's ``_compute_loss`` runs as it is, with every ``loss_type``, f-divergence, weight and metric. Two things
+differ: the reference forward is ours, so that it can be watched, and its sums reach TRL by the way of
+precomputed ones. With the correction c = S - sum_t rho_t subtracted from these sums, the log-ratio that TRL
+forms is the score S of :mod:`posttrain.preference.method`, gradient included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from trl import DPOTrainer as TRLDPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+#: Column of the training data with the place of a row, see ``Batch.ids``.
+ID = "posttrain_id"
+
+
+class PairSeams(TRLDPOTrainer):
+    """TRL's trainer with hooks; with the hooks' defaults it is TRL, bit for bit."""
+
+    def on_forward(
+        self, outputs: Any, logps: torch.Tensor, ref_logps: torch.Tensor | None, ref_sums: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return the (2B,) correction of the log-ratios, with gradient, or None for none.
+
+        Args:
+            outputs: Of the policy's forward.
+            logps: (2B, T) of the policy, 0 where nothing counts.
+            ref_logps: The same of the reference, None when its sums were precomputed.
+            ref_sums: (2B,).
+        """
+        del outputs, logps, ref_logps, ref_sums
+        return None
+
+    def on_reference(self, reference: torch.nn.Module) -> AbstractContextManager[Any]:
+        """Return a context for the reference's forward."""
+        del reference
+        return contextlib.nullcontext()
+
+    def on_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss of the micro-batch, given TRL's."""
+        return loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        precomputed = self.precompute_ref_logps
+        inputs = dict(inputs)
+        self.mask = inputs["completion_mask"][..., 1:]
+        self.ids = inputs.pop(ID, None)
+
+        def policy(**kwargs: Any) -> Any:
+            outputs = model(**kwargs)
+            if not kwargs.get("fused_lm_head"):  # logits for compute_metrics
+                return outputs
+            width = self.mask.size(1)
+            ref_logps = None
+            if precomputed:
+                ref_sums = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+            else:
+                ref_logps = self._reference_forward(kwargs).log_probs[:, -width:]
+                ref_sums = self.weighed_sums(ref_logps)
+            correction = self.on_forward(outputs, outputs.log_probs[:, -width:], ref_logps, ref_sums)
+            if correction is not None:
+                ref_sums = ref_sums - correction
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref_sums.chunk(2)
+            return outputs
+
+        self.precompute_ref_logps = True
+        try:
+            result = super()._compute_loss(policy, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = precomputed
+        if return_outputs:
+            loss, outputs = result
+            return self.on_loss(loss), outputs
+        return self.on_loss(result)
+
+    def _reference_forward(self, kwargs: dict[str, Any]) -> Any:
+        """Run the reference on what the policy was given."""
+        policy: Any = self.model
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        # a frozen model has no use for router logits
+        kwargs = {name: value for name, value in kwargs.items() if name != "output_router_logits"}
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(policy, checkpointing),
+            self._reference() as (reference, unwrapped),
+            self.on_reference(unwrapped),
+        ):
+            return reference(**kwargs)
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[tuple[Any, torch.nn.Module]]:
+        """Give the reference as it is called, and without wrappers and adapters' shells."""
+        if self.ref_model is not None:
+            yield self.ref_model, self.accelerator.unwrap_model(self.ref_model)
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        assert isinstance(policy, PeftModel)  # else TRL has made a reference model
+        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+            yield self.model, policy.get_base_model()
+
+    def weighed_sums(self, logps: torch.Tensor) -> torch.Tensor:
+        """Return (2B,) sums over completions, as TRL forms them: ``ld_alpha`` weighs the longer tail."""
+        if self.ld_alpha is None:
+            return logps.sum(dim=1)
+        place = self.mask.cumsum(dim=1)
+        chosen, rejected = self.mask.sum(dim=1).long().chunk(2)
+        shared = torch.minimum(chosen, rejected).repeat(2).unsqueeze(1)
+        head = (logps * ((place > 0) & (place <= shared))).sum(dim=1)
+        return head + self.ld_alpha * (logps * (place > shared)).sum(dim=1)

@@ -1,0 +1,287 @@
+"""``posttrain.DPOTrainer``: TRL's trainer, same arguments, plus ``methods=`` and ``selection=``.
+
+The trainer knows stages, not methods (:mod:`posttrain.preference.method`). TRL's own loss runs on the scores
+that the stages make, so methods go with every ``loss_type`` that is defined for them, with LoRA, mixtures of
+losses, WPO weights and mixture-of-experts terms. With ``methods=[]``, or with every method at its neutral
+setting, losses, gradients and weights are TRL's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import PeftModel
+from trl import DPOConfig
+from trl import DPOTrainer as TRLDPOTrainer
+
+from posttrain.columns import WithColumns
+from posttrain.guards import FiniteGuard
+from posttrain.methods import vet
+from posttrain.preference.method import Batch, Method
+from posttrain.preference.seams import ID, PairSeams
+from posttrain.rl.gauges import Gauges
+from posttrain.rl.method import Setup
+from posttrain.selection.trainer import SelectionMixin
+
+if TYPE_CHECKING:
+    from posttrain.selection.plan import SelectionPlan
+    from posttrain.selection.selector import Selector
+    from posttrain.selection.settings import Select
+
+logger = logging.getLogger(__name__)
+
+
+class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
+    """Direct preference optimisation with methods that compose.
+
+    Args:
+        *args: As ``trl.DPOTrainer``.
+        methods: Methods in the order in which they act. Conflicts are refused here, before the model loads.
+        selection: Which weights train: a plan, a selector, either with settings, or None for what TRL trains.
+        **kwargs: As ``trl.DPOTrainer``.
+
+    Attributes:
+        modules_of_methods: What methods train beside the policy, by their names.
+
+    Raises:
+        ValueError: Two methods of one name, or a setup that a method refuses.
+        TypeError: An entry of ``methods`` is not a :class:`~posttrain.preference.method.Method`.
+        posttrain.selection.plan.PlanError: The selection does not fit, or cannot be enforced here.
+        FloatingPointError: During training, when a loss or gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        methods: Sequence[Method] = (),
+        selection: SelectionPlan | Selector | Select | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.methods: tuple[Method, ...] = tuple(methods)
+        self._active = tuple(method for method in self.methods if not getattr(method, "neutral", False))
+        given = inspect.signature(TRLDPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        adapter = isinstance(given.get("model"), PeftModel) or given.get("peft_config") is not None
+        check_methods(self.methods, given.get("args"), adapter=adapter)
+        self._replacing = next((method for method in self._active if method.replaces_loss), None)
+        self._numbered = any(method.wants_ids for method in self._active)
+        self._gauges = Gauges()
+        self._batch: Batch | None = None
+        self._watched: dict[str, Any] = {}
+        self.modules_of_methods: dict[str, torch.nn.Module] = {}
+        super().__init__(*args, **kwargs)
+        if self._numbered:
+            self.data_collator = WithColumns(self.data_collator, (ID,))
+        self._start_methods()
+        self.start_selection(selection)
+
+    def _start_methods(self) -> None:
+        policy = self.accelerator.unwrap_model(self.model)
+        for method in self._active:
+            module = method.start(policy)
+            if module is None:
+                continue
+            kind = self.accelerator.distributed_type
+            if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+                raise ValueError(
+                    f"{method.name} trains weights beside the policy, which {kind.value} does not reduce: "
+                    "launch with plain DDP"
+                )
+            self.modules_of_methods[method.name] = module.to(self.args.device, torch.float32)
+
+    # ---- rows -------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str
+    ) -> Any:
+        if self._numbered and dataset_name == "train" and ID not in (dataset.column_names or ()):
+            if not isinstance(dataset, Dataset):
+                names = ", ".join(method.name for method in self._active if method.wants_ids)
+                raise ValueError(
+                    f"{names} keeps a number for every training pair, which a stream does not have: load the "
+                    "data set in full"
+                )
+            dataset = dataset.add_column(ID, list(range(len(dataset))))
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        known: list[str] = self._signature_columns or []
+        if self._numbered and ID not in known:
+            self._signature_columns: Any = [*known, ID]
+
+    # ---- stages -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def on_reference(self, reference: torch.nn.Module) -> Iterator[None]:
+        """Let methods watch the forward of the reference."""
+        with contextlib.ExitStack() as stack:
+            self._watched = {
+                method.name: stack.enter_context(method.watch_reference(reference)) for method in self._active
+            }
+            yield
+
+    def on_forward(
+        self, outputs: Any, logps: torch.Tensor, ref_logps: torch.Tensor | None, ref_sums: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Token weight, token score and row weight: how the scores differ from the log-ratios."""
+        self._batch = batch = Batch(
+            logps=logps,
+            mask=self.mask.bool(),
+            ref_logps=ref_logps,
+            ref_sums=ref_sums,
+            sums=self.weighed_sums(logps),
+            beta=self.beta,
+            kl=getattr(outputs, "kl", None),
+            ids=self.ids,
+            gauges=self._gauges,
+            loss_types=tuple(self.loss_types),
+            step=self.state.global_step,
+            training=self._mode == "train",
+        )
+        ratios = batch.sums - ref_sums
+        weighed, terms, rows = ratios, None, None
+        token_weights = None
+        for method in self._with(batch):
+            weights = method.token_weights(batch)
+            if weights is not None:
+                token_weights = weights if token_weights is None else token_weights * weights
+            scores = method.token_scores(batch)
+            if scores is not None:
+                summed = torch.where(batch.mask, scores, 0.0).sum(dim=1)
+                terms = summed if terms is None else terms + summed
+            row = method.row_weights(batch)
+            if row is not None:
+                rows = row if rows is None else rows * row
+        if token_weights is not None:
+            extra = torch.where(batch.mask, (token_weights - 1) * batch.log_ratios, 0.0)
+            weighed = weighed + extra.sum(dim=1)
+        if rows is not None:
+            weighed = rows * weighed
+        changed = token_weights is not None or rows is not None or terms is not None
+        correction = weighed - ratios + (0.0 if terms is None else terms) if changed else None
+        self._scores = ratios if correction is None else ratios + correction
+        return correction
+
+    @property
+    def _mode(self) -> str:
+        policy: Any = self.model
+        return "train" if policy.training else "eval"
+
+    def _with(self, batch: Batch) -> Iterator[Method]:
+        """Yield the active methods, each with its gauges and what it watched."""
+        for method in self._active:
+            self._gauges.enter(method.name)
+            batch.watched = self._watched.get(method.name)
+            yield method
+
+    def on_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Add what methods add; the loss of the one that replaces it takes the place of TRL's."""
+        batch, scores = self._batch, self._scores
+        assert batch is not None
+        for method in self._with(batch):
+            if method is self._replacing:
+                loss = loss + method.loss(batch, scores)
+            penalty = method.penalty(batch)
+            if penalty is not None:
+                loss = loss + penalty
+            method.watch(batch, scores.detach())
+        self._batch, self._watched = None, {}
+        del self._scores
+        means, maxima = self._gauges.flush(self.accelerator)
+        for name, value in {**means, **maxima}.items():
+            self._metrics[self._mode][name].append(value)
+        return loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if self._replacing is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        weights = self.loss_weights
+        self.loss_weights = [0.0] * len(weights)
+        try:
+            return super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            self.loss_weights = weights
+
+    # ---- optimiser --------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make TRL's optimiser, with what methods train in groups of their own."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            for method in self._active:
+                module = self.modules_of_methods.get(method.name)
+                for group in [] if module is None else method.parameter_groups(module):
+                    optimizer.add_param_group(group)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-step; the last one of an optimiser step averages what DDP does not see."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            if self.accelerator.num_processes > 1:
+                self._average_gradients()
+            for method in self._active:
+                method.optimizer_step()
+        return loss
+
+    def _average_gradients(self) -> None:
+        for module in self.modules_of_methods.values():
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    whole = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    parameter.grad = self.accelerator.reduce(whole.contiguous(), reduction="mean")
+
+    # ---- exact resume -----------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what this rank needs to go on, the state of every method included."""
+        state = super().extra_state()
+        state["methods"] = {method.name: method.state_dict() for method in self.methods}
+        state["modules"] = {name: module.state_dict() for name, module in self.modules_of_methods.items()}
+        return state
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`extra_state` returned.
+
+        Raises:
+            ValueError: The checkpoint was written with other methods.
+        """
+        saved, names = state.pop("methods", {}), [method.name for method in self.methods]
+        if sorted(saved) != sorted(names):
+            raise ValueError(
+                f"the checkpoint was written with methods {sorted(saved)}, this run has {sorted(names)}: "
+                "resume with the same methods, or start a new run"
+            )
+        for method in self.methods:
+            method.load_state_dict(saved[method.name])
+        for name, values in state.pop("modules", {}).items():
+            self.modules_of_methods[name].load_state_dict(values)
+        super().load_extra_state(state)
+
+
+def check_methods(methods: Sequence[Method], config: DPOConfig | None, *, adapter: bool) -> None:
+    """Refuse methods that cannot work in this setup; warn about doubtful ones.
+
+    Raises:
+        ValueError, TypeError: See :class:`DPOTrainer`.
+    """
+    fields = {name: entry.default for name, entry in DPOConfig.__dataclass_fields__.items()}
+    vet(
+        methods,
+        Method,
+        Setup(
+            trainer=fields if config is None else vars(config),
+            methods=tuple(getattr(method, "name", "") for method in methods),
+            adapter=adapter,
+            ranks=1 if config is None else config.world_size,
+        ),
+        example="RPO(eta=0.005)",
+    )
