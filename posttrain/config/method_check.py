@@ -108,6 +108,7 @@ def _conflicts(
     adapter: bool,
     rewards: Sequence[RewardConfig],
 ) -> Iterator[Problem]:
+    from posttrain.preference import method as preference
     from posttrain.rewards.reward import reward_names
     from posttrain.rl import method as rl
     from posttrain.rl.method import Setup
@@ -129,7 +130,7 @@ def _conflicts(
         ),
     )
     for name, method in built.items():
-        if not isinstance(method, (rl.Method, sft.Method)):
+        if not isinstance(method, (rl.Method, preference.Method, sft.Method)):
             continue
         for conflict in method.conflicts(setup):
             path: KeyPath = ("methods", name)

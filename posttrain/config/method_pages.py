@@ -15,6 +15,8 @@ from rich.text import Text
 from posttrain import find_methods
 from posttrain.config.describe import field_range, field_type
 from posttrain.config.problems import show
+from posttrain.preference import method as preference
+from posttrain.preference import registry as preference_registry
 from posttrain.rl import method as rl
 from posttrain.rl import registry as rl_registry
 from posttrain.selection import registry as selectors
@@ -22,23 +24,32 @@ from posttrain.selection.selector import Selector
 from posttrain.sft import method as sft
 from posttrain.sft import registry as sft_registry
 
-Method = rl.Method | sft.Method | Selector
+Method = rl.Method | preference.Method | sft.Method | Selector
 
 
 def available() -> dict[str, type[Method]]:
-    """Return the built-in methods of all tasks and the selectors, by name."""
-    return {**rl_registry.available(), **sft_registry.available(), **selectors.available()}
+    """Return the built-in methods of all tasks and the selectors, by name.
+
+    A name that several tasks know is that of the first; the others' are ``TASK/NAME``.
+    """
+    found: dict[str, type[Method]] = {}
+    for methods in (rl_registry, preference_registry, sft_registry, selectors):
+        for name, cls in methods.available().items():
+            found[f"{task_of(cls)}/{name}" if name in found else name] = cls
+    return found
 
 
 def resolve(name: str) -> type[Method]:
     """Return a method's class, see :func:`posttrain.find_methods.resolve`."""
-    return find_methods.resolve(name, available(), (rl.Method, sft.Method, Selector))
+    return find_methods.resolve(name, available(), (rl.Method, preference.Method, sft.Method, Selector))
 
 
 def task_of(cls: type[Method]) -> str:
     """Return the first task the method is for; ``selection`` is for all of them."""
     if issubclass(cls, Selector):
         return "selection"
+    if issubclass(cls, preference.Method):
+        return "preference"
     return "sft" if issubclass(cls, sft.Method) else "rlvr"
 
 
