@@ -92,9 +92,12 @@ def _replace(path: KeyPath, data: dict[str, Any], *, again: bool) -> None:
         reinforced = "rewards" in data or "methods" in data
         data["task"] = near or ("rlvr" if reinforced else "sft")
     elif path == ("data",):
-        data["data"] = {"source": "reasoning_gym:chain_sum"}
+        data["data"] = {"source": ""}
+        _replace(("data", "source"), data, again=True)
     elif path == ("data", "source"):
-        data["data"]["source"] = "reasoning_gym:chain_sum"
+        # what a stand-in source lacks is not told either: problems below a replaced place are left out
+        pairs = any(spec.pairs for task, spec in TASKS.items() if task == data.get("task"))
+        data["data"]["source"] = "stand/in" if pairs else "reasoning_gym:chain_sum"
     elif path == ("rewards",):
         needed = data.get("task") == "rlvr" or data.get("s3ft") is not None
         data["rewards"] = [{"name": "verifier"}] if needed and not data.get("rewards") else []
@@ -216,7 +219,7 @@ def _run_rules(config: RunConfig) -> Iterator[Problem]:
         and not (HUB_ID.fullmatch(export.push) and "/" in export.push)
     ):
         yield Problem("this is no Hub repository", ("export", "push"), found=export.push, needed="user/name")
-    if evaluate is not None and not config.rewards:
+    if evaluate is not None and not config.rewards and not TASKS[config.task].pairs:
         yield Problem(
             "the evaluation has nothing to score with: 'rewards' is empty",
             ("evaluate",),

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from posttrain.config.problems import nearest
 from posttrain.config.sentences import RULE
-from posttrain.config.tasks import Task
+from posttrain.config.tasks import TASKS, Task
 
 HELD_OUT_SEED = 1_000_003
 """Of the held-out part, unless another is given; that of the training part is 0."""
@@ -90,6 +90,31 @@ class SplitConfig(Section):
     seed: int = Field(default=0, ge=0, description="Seed of the generated task, or of the row sample.")
 
 
+class LabelNoiseConfig(Section):
+    """Wrong labels on purpose: chosen and rejected exchanged in some training rows, in no held-out one."""
+
+    share: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the training rows, drawn with 'seed'."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the draw.")
+    file: str | None = Field(
+        default=None, min_length=1, description="File that names the rows instead, by the values of 'column'."
+    )
+    column: str | None = Field(default=None, min_length=1, description="Column that file and data both have.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> LabelNoiseConfig:
+        if (self.share is None) == (self.file is None):
+            raise _refuse(
+                "file" if self.file is not None else "share",
+                "label noise is either a share of the rows, {share: 0.2, seed: 0}, or the rows a file names, "
+                "{file: flips.jsonl, column: id}",
+            )
+        if (self.file is None) != (self.column is None):
+            raise _refuse("column", "'file' and 'column' go together: {file: flips.jsonl, column: id}")
+        return self
+
+
 class DataConfig(Section):
     """Where prompts (and answers) come from."""
 
@@ -126,6 +151,9 @@ class DataConfig(Section):
         default="refuse",
         description="What to do with longer prompts: stop, or drop them and say how many. Never cut.",
     )
+    label_noise: LabelNoiseConfig | None = Field(
+        default=None, description="Exchange chosen and rejected in some training rows, to test robustness."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -142,7 +170,7 @@ class RewardConfig(Section):
     name: str = Field(
         min_length=1,
         description="'verifier' (the source's own), 'math', 'expression', 'format', 'word_list', "
-        "'soft_overlong', or 'python:package.module.function'.",
+        "'soft_overlong', 'python:package.module.function', or 'model:PATH' (a trained reward model).",
     )
     weight: float = Field(default=1.0, allow_inf_nan=False, description="Weight in the sum of rewards.")
     deadline: float = Field(
@@ -385,6 +413,35 @@ class RunConfig(Section):
                 "rewards",
                 "task 'rlvr' needs at least one entry under 'rewards', for example rewards: [verifier]",
             )
+        spec = TASKS[self.task]
+        if spec.pairs and self.data.source.startswith("reasoning_gym:"):
+            raise _refuse(
+                "data.source",
+                f"task {self.task!r} learns from pairs of answers, which generated tasks have none of: set "
+                "data.source to a file or Hub set with prompt, chosen and rejected",
+            )
+        if not spec.pairs and self.data.label_noise is not None:
+            raise _refuse(
+                "data.label_noise",
+                f"task {self.task!r} has no chosen and rejected to exchange: drop the section, or set task: "
+                "preference or reward",
+            )
+        if spec.scores and self.rewards:
+            raise _refuse(
+                "rewards",
+                f"task {self.task!r} trains a reward model on pairs and calls no rewards: drop the section",
+            )
+        if self.task == "preference" and self.rewards and self.evaluate is None:
+            raise _refuse(
+                "rewards",
+                "'rewards' in a preference run only judge the continuations that the evaluation samples: add "
+                "an 'evaluate' section or drop them",
+            )
+        if spec.pairs and self.evaluate is not None and self.evaluate.k != [1]:
+            raise _refuse(
+                "evaluate.k",
+                f"k is of pass@k, and task {self.task!r} measures preferences: drop it",
+            )
         judged = self.evaluate is not None or self.s3ft is not None
         if judged and self.rewards and self.rewards[0].name == "soft_overlong":
             raise _refuse(
@@ -418,6 +475,10 @@ def expand_shorthands(data: Any) -> Any:
     if not isinstance(data, dict):
         return data
     data = {key: value for key, value in data.items() if value is not None or key not in _EMPTY_MEANS_DEFAULT}
+    evaluate = data.get("evaluate")
+    if data.get("task") in ("preference", "reward") and isinstance(evaluate, dict):
+        # continuations per held-out prompt; there is no pass@k to estimate
+        data["evaluate"] = {"k": [1], "samples": 4, **evaluate}
     rewards = data.get("rewards")
     if isinstance(rewards, (str, dict)):
         rewards = [rewards]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Task = Literal["sft", "rlvr", "ttrl"]
+Task = Literal["sft", "rlvr", "ttrl", "preference", "reward"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class TaskSpec:
         generates: Whether training samples groups of completions, so that GRPO's batch arithmetic applies.
         warm_start: Whether supervised fine-tuning may go before it.
         requires: Methods that must be there.
+        pairs: Whether rows are pairs of a better and a worse answer.
+        scores: Whether the model gives one number for a text instead of a text.
     """
 
     config_class: str
@@ -27,6 +29,8 @@ class TaskSpec:
     generates: bool = False
     warm_start: bool = False
     requires: tuple[str, ...] = ()
+    pairs: bool = False
+    scores: bool = False
 
 
 TASKS: dict[Task, TaskSpec] = {
@@ -42,4 +46,6 @@ TASKS: dict[Task, TaskSpec] = {
         warm_start=True,
         requires=("ttrl",),
     ),
+    "preference": TaskSpec("DPOConfig", "dpo_config", methods="posttrain.preference.registry", pairs=True),
+    "reward": TaskSpec("RewardConfig", "reward_config", pairs=True, scores=True),
 }

@@ -144,6 +144,8 @@ def _field(statement: ast.stmt) -> SourceField | None:
         factory = options.get("default_factory")
         empty = {"list": "[]", "dict": "{}"}.get(ast.unparse(factory)) if factory else None
         default = ast.parse(empty, mode="eval").body if empty else options.get("default")
+        if isinstance(factory, ast.Lambda):
+            default = factory.body
         choices = _choices(options.get("metadata"))
     return SourceField(statement.target.id, annotation, choices, _literal(default))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,9 +13,10 @@ from datasets import Dataset
 from posttrain.data.errors import DataError, listed
 from posttrain.data.files import Table
 
-Kind = Literal["text", "prompt", "messages", "completion", "answer"]
+Kind = Literal["text", "prompt", "messages", "completion", "answer", "reply", "replies", "numbers", "number"]
 """``text``: text that is not empty. ``prompt``, ``completion``: text or messages. ``messages``: a list of
-messages with an answer of the assistant. ``answer``: text or a number."""
+messages with an answer of the assistant. ``answer``: text or a number. ``reply``: as ``completion``, but text
+may be empty; ``replies``: a list of them. ``number`` and ``numbers``: finite."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,20 @@ CONTRACTS: dict[str, Contract] = {
 }
 
 CONTRACTS["ttrl"] = CONTRACTS["rlvr"]  # answers, where there are any, only serve the metrics
+CONTRACTS["preference"] = Contract(
+    alternatives=(
+        {"prompt": "prompt", "chosen": "reply", "rejected": "reply"},
+        {"prompt": "prompt", "completions": "replies", "scores": "numbers"},
+        {"prompt": "prompt", "completions": "replies", "ranks": "numbers"},
+        {"chosen": "reply", "rejected": "reply"},
+    ),
+    optional={"margin": "number"},
+    reserved=(
+        *("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"),
+        *("chosen_input_ids", "rejected_input_ids", "image", "images"),
+    ),
+)
+CONTRACTS["reward"] = CONTRACTS["preference"]
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "prompt": ("question", "instruction", "problem", "query", "input", "prompts", "user", "text", "context"),
@@ -79,6 +95,11 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     ),
     "messages": ("conversations", "conversation", "chat", "dialogue", "dialog"),
     "text": ("content", "document", "story", "texts"),
+    "chosen": ("preferred", "better", "winner", "accepted", "good", "response_chosen", "y_w", "positive"),
+    "rejected": ("dispreferred", "worse", "loser", "refused", "bad", "response_rejected", "y_l", "negative"),
+    "completions": ("responses", "answers", "outputs", "candidates", "replies"),
+    "scores": ("rewards", "ratings", "labels", "reward", "score"),
+    "ranks": ("rank", "ranking"),
 }
 
 
@@ -133,8 +154,7 @@ def check(table: Table, task: str) -> Mapping[str, Kind]:
     reserved = [name for name in contract.reserved if name in found]
     if reserved:
         raise DataError(
-            f"{table.place}: column {reserved[0]!r} cannot be passed to the rewards, because TRL "
-            "uses the name "
+            f"{table.place}: column {reserved[0]!r} cannot be passed on, because TRL uses the name "
             f"itself. Rename it, for example data.columns: {{my_{reserved[0]}: {reserved[0]}}}"
         )
     checked = dict(chosen) | {name: kind for name, kind in contract.optional.items() if name in found}
@@ -163,6 +183,21 @@ def is_conversational(dataset: Dataset, column: str) -> bool:
 def _problems(value: Any, kind: Kind) -> Iterator[str]:
     if kind in ("prompt", "completion", "messages") and isinstance(value, list):
         yield from _message_problems(value, needs_assistant=kind == "messages")
+    elif kind == "reply":
+        if isinstance(value, list):
+            yield from _message_problems(value, needs_assistant=False)
+        elif not isinstance(value, str):
+            yield f"holds {_described(value)} where text or a list of messages is needed"
+    elif kind == "replies":
+        if not isinstance(value, list) or not value:
+            yield f"holds {_described(value)} where a list of answers is needed"
+        for item in value if isinstance(value, list) else ():
+            yield from _problems(item, "reply")
+    elif kind in ("number", "numbers"):
+        items = value if kind == "numbers" and isinstance(value, list) else [value]
+        if (kind == "numbers") != isinstance(value, list) or not all(map(_is_number, items)):
+            wanted = "a list of finite numbers" if kind == "numbers" else "a finite number"
+            yield f"holds {_described(value)} where {wanted} is needed"
     elif kind == "messages":
         yield f"holds {_described(value)} where a list of messages is needed"
     elif kind == "answer":
@@ -193,6 +228,10 @@ def _message_problems(messages: list[Any], needs_assistant: bool) -> Iterator[st
             yield f"message {number} has no content (found: {', '.join(keys)}); role and content are needed"
     if needs_assistant and not any(isinstance(m, dict) and m.get("role") == "assistant" for m in messages):
         yield "has no message of the assistant, so there is nothing to learn"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _described(value: Any) -> str:

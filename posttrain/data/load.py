@@ -12,10 +12,12 @@ from typing import Any
 from datasets import Dataset
 
 from posttrain.config.schema import DataConfig, SplitConfig
+from posttrain.config.tasks import TASKS
 from posttrain.data import sources
 from posttrain.data.contracts import CONTRACTS, check, rename
 from posttrain.data.errors import DataError
 from posttrain.data.files import Table
+from posttrain.data.pairs import flip, to_pairs
 from posttrain.data.prompts import apply_pattern, apply_template
 
 logger = logging.getLogger(__name__)
@@ -50,8 +52,8 @@ def load_data(config: DataConfig, task: str, *, hold_out: bool = True) -> Loaded
 
     Args:
         config: The ``data`` section.
-        task: ``sft``, ``rlvr`` or ``ttrl``. For ``sft`` a prompt with an answer gets the answer as its
-            completion.
+        task: A key of :data:`posttrain.data.contracts.CONTRACTS`. For ``sft`` a prompt with an answer gets
+            the answer as its completion; for ``preference`` and ``reward`` see :mod:`posttrain.data.pairs`.
         hold_out: Whether held-out rows are wanted. They come from ``eval.file`` or ``eval.split`` when
             given, from the Hub's ``test`` split when it has one, and are taken out of the training rows
             otherwise: ``eval.size`` rows, by default a tenth and at most 500. Generated tasks generate
@@ -74,9 +76,9 @@ def load_data(config: DataConfig, task: str, *, hold_out: bool = True) -> Loaded
             raw_eval = sources.read(config, config.eval)
     else:
         raw, raw_eval = _from_hub(config, hold_out)
-    train = _prepare(raw, config, task)
-    held_out = None if raw_eval is None else _prepare(raw_eval, config, task)
     notes = [*raw.notes, *(raw_eval.notes if raw_eval else ())]
+    train = _prepare(raw, config, task, notes)
+    held_out = None if raw_eval is None else _prepare(raw_eval, config, task, notes, "held-out: ")
     if not sources.is_generated(config):
         if held_out is not None:
             held_out = _sample(held_out, config.eval, "eval")
@@ -84,6 +86,9 @@ def load_data(config: DataConfig, task: str, *, hold_out: bool = True) -> Loaded
             train, held_out = _split(train, config.eval, notes)
         train = _sample(train, config.train, "train")
         _warn_overlap(train, held_out, notes)
+    noise: dict[str, Any] = {}
+    if config.label_noise is not None:
+        train, noise["label_noise"] = flip(train, config.label_noise, notes)
     for note in notes:
         logger.info("%s: %s", config.source, note)
     fingerprint = row_fingerprint(train, held_out)
@@ -98,6 +103,7 @@ def load_data(config: DataConfig, task: str, *, hold_out: bool = True) -> Loaded
         "eval_seed": config.eval.seed,
         "fingerprint": fingerprint,
         "notes": notes,
+        **noise,
     }
     return LoadedData(config, task, train, held_out, fingerprint, describe)
 
@@ -117,7 +123,7 @@ def load_warm_start(data: LoadedData, size: int) -> Dataset:
     seed = config.train.seed + 1
     if sources.is_generated(config):
         raw, _ = sources.generate(config, SplitConfig(size=size, seed=seed), None)
-        rows = _prepare(raw, config, "sft")
+        rows = _prepare(raw, config, "sft", [])
         held_out = set(_keys(data.eval)) if data.eval is not None else set()
         keep = [index for index, key in enumerate(_keys(rows)) if key not in held_out]
         logger.info(
@@ -130,7 +136,7 @@ def load_warm_start(data: LoadedData, size: int) -> Dataset:
                 f"{config.source}: every generated row is held out, nothing is left for the warm start"
             )
         return rows.select(keep)
-    rows = _finish(Table(data.train, f"{config.source} (training rows)"), "sft")
+    rows = _finish(Table(data.train, f"{config.source} (training rows)"), "sft", [])
     return _sample(rows, SplitConfig(size=min(size, len(rows)), seed=seed), "train")
 
 
@@ -152,7 +158,7 @@ def _from_hub(config: DataConfig, hold_out: bool) -> tuple[Table, Table | None]:
     return train, sources.hub_split(splits, name, config.source) if hold_out and name else None
 
 
-def _prepare(table: Table, config: DataConfig, task: str) -> Dataset:
+def _prepare(table: Table, config: DataConfig, task: str, notes: list[str], place: str = "") -> Dataset:
     renamed = rename(table, config.columns)
     if config.prompt_pattern is not None:
         renamed = apply_pattern(renamed, config.prompt_pattern)
@@ -161,12 +167,17 @@ def _prepare(table: Table, config: DataConfig, task: str) -> Dataset:
         if sources.is_generated(config):
             aliases.setdefault("question", "prompt")
         renamed = apply_template(renamed, config.prompt_template, aliases)
-    return _finish(renamed, task)
+    found: list[str] = []
+    finished = _finish(renamed, task, found)
+    notes += [f"{place}{note}" for note in found]
+    return finished
 
 
-def _finish(table: Table, task: str) -> Dataset:
+def _finish(table: Table, task: str, notes: list[str]) -> Dataset:
     chosen = check(table, task)
     dataset = table.dataset
+    if TASKS[task].pairs:  # type: ignore[index]
+        return to_pairs(table, notes)
     if task != "sft":
         return dataset
     if "answer" in chosen:

@@ -138,7 +138,8 @@ def render(dataset: Dataset, tokenizer: Any, config: DataConfig) -> Dataset:
             "data.chat_template is 'always', but the tokenizer has no chat template: set 'auto' or 'never'"
         )
     chat = available and config.chat_template != "never"
-    columns = [name for name in ("prompt", "completion") if name in dataset.column_names]
+    answers = ("completion", "chosen", "rejected")
+    columns = [name for name in ("prompt", *answers) if name in dataset.column_names]
     columns = columns if "prompt" in columns else ["messages"] if "messages" in dataset.column_names else []
     spoken = [name for name in columns if is_conversational(dataset, name)]
     if spoken and not chat:
@@ -157,7 +158,7 @@ def render(dataset: Dataset, tokenizer: Any, config: DataConfig) -> Dataset:
         return dataset
     for name in columns:
         opening = config.system_prompt if name in ("prompt", "messages") else None
-        role = "assistant" if name == "completion" else "user"
+        role = "assistant" if name in answers else "user"
         converted = [_messages(value, role, opening, index) for index, value in enumerate(dataset[name][:])]
         dataset = put_column(dataset, name, converted)
     return dataset

@@ -20,7 +20,13 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import posttrain
 from posttrain.export.card import CardData, write_card
@@ -278,6 +284,12 @@ def _needs_bundle(base: str | None, target: Path) -> bool:
     return Path(base).is_relative_to(target) or (run.config.is_file() and Path(base).is_relative_to(run.root))
 
 
+def is_scorer(model: _Model) -> bool:
+    """Return whether a model gives one number for a text: a reward model."""
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    return type(core).__name__.endswith("ForSequenceClassification")
+
+
 def _dtype(model: _Model) -> torch.dtype:
     """Return the type of the base weights; adapters are kept in fp32 over a bf16 base."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -423,11 +435,15 @@ def _load_plain(folder: Path, base: str | None, live: _Model) -> _Model:
     remote = type(core).__module__.startswith("transformers_modules")
     if (folder / DELTA_FILE).is_file():
         return load_delta(folder, dtype=_dtype(live), trust_remote_code=remote)
-    options = {"dtype": _dtype(live), "use_safetensors": True, "trust_remote_code": remote}
+    options: dict[str, Any] = {"dtype": _dtype(live), "use_safetensors": True, "trust_remote_code": remote}
+    kind: Any = AutoModelForCausalLM
+    if is_scorer(live):
+        kind = AutoModelForSequenceClassification
+        options["num_labels"] = 1
     if base is None:
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        return kind.from_pretrained(folder, **options)
     revision = json.loads((folder / ADAPTER_CONFIG).read_text()).get("revision")
-    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, **options)
+    model = kind.from_pretrained(base, revision=revision, **options)
     return PeftModel.from_pretrained(model, str(folder))
 
 

@@ -26,6 +26,7 @@ def build_peft_config(adapter: AdapterConfig, model: PreTrainedModel) -> LoraCon
             complains when *none* of the names matches), or a module is in both. The message lists the names
             that exist.
     """
+    scores = type(model).__name__.endswith("ForSequenceClassification")
     targets = adapter.target_modules
     linear = _names(model, (nn.Linear, Conv1D))
     if targets != "all-linear":
@@ -49,7 +50,8 @@ def build_peft_config(adapter: AdapterConfig, model: PreTrainedModel) -> LoraCon
                 f"adapted or trained in full: drop one of the two"
             )
     return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        # PEFT then trains the head of a reward model in full
+        task_type=TaskType.SEQ_CLS if scores else TaskType.CAUSAL_LM,
         r=adapter.r,
         # PEFT accepts any number here although its annotation says int
         lora_alpha=2 * adapter.r if adapter.alpha is None else adapter.alpha,  # type: ignore[arg-type]

@@ -397,7 +397,7 @@ def _align(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBas
     """Give tokenizer and model one pad token and one end-of-text token, and check that they fit."""
     rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     _refuse_vocabulary_mismatch(tokenizer, rows, path)
-    generation = model.generation_config
+    generation = getattr(model, "generation_config", None)  # a reward model has none
     if tokenizer.eos_token is None:
         eos = generation.eos_token_id if generation is not None else None
         eos = eos[0] if isinstance(eos, list) else eos

@@ -14,8 +14,8 @@ from posttrain.data.length import apply_length_policy
 from posttrain.data.load import load_data
 from posttrain.data.prompts import render
 from posttrain.models.adapter import build_peft_config
-from posttrain.models.load import load_model
 from posttrain.run.directory import RunDirectory, RunError
+from posttrain.run.starting import start_model
 from posttrain.run.trainers import build_selection, sft_trainer, trl_config
 from posttrain.selection.plan import SelectionPlan
 
@@ -35,7 +35,7 @@ def make_plan(config: RunConfig) -> SelectionPlan:
         raise RunError(f"{select.what.name} chooses while it trains, so there is no plan to make before")
     seed = int(config.trainer.get("seed", 42))
     set_seed(seed)
-    model, tokenizer = load_model(config.model, seed=seed)
+    model, tokenizer = start_model(config, seed)
     try:
         batches = None
         if select.what.needs == "examples":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback, set_seed
-from trl import GRPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 
 from posttrain.checkpointing.resume import newest_checkpoint
 from posttrain.config.load import resolved_yaml
@@ -24,6 +24,7 @@ from posttrain.config.schema import RunConfig
 from posttrain.config.tasks import TASKS
 from posttrain.data.length import apply_length_policy
 from posttrain.data.load import LoadedData, load_data, load_warm_start
+from posttrain.data.pairs import apply_pair_lengths
 from posttrain.data.prompts import render
 from posttrain.evaluation.results import Evaluation, compare
 from posttrain.models.adapter import build_peft_config
@@ -40,7 +41,15 @@ from posttrain.run.ranks import Ranks
 from posttrain.run.result import RunResult
 from posttrain.run.resuming import check_continuation
 from posttrain.run.rewriting import Rewriting
-from posttrain.run.trainers import build_selection, grpo_trainer, run_training, sft_trainer, trl_config
+from posttrain.run.starting import start_model
+from posttrain.run.trainers import (
+    build_selection,
+    grpo_trainer,
+    pair_trainer,
+    run_training,
+    sft_trainer,
+    trl_config,
+)
 from posttrain.selection.plan import PlanError
 from posttrain.sft.s3ft import check_columns
 
@@ -108,10 +117,14 @@ class _Run:
         try:
             # what can be refused is refused before anything is written or computed
             data = load_data(config.data, config.task, hold_out=self._wants_held_out_rows())
+            if TASKS[config.task].pairs:
+                for note in data.describe["notes"]:
+                    self.say(f"data: {note}")
             rewards = self._rewards(data)
             self.args, self.warm_args = self._arguments(rewards), self._warm_start_arguments()
-            model, self.tokenizer = load_model(config.model, seed=self.seed)
+            model, self.tokenizer = start_model(config, self.seed)
             self._peft_config(model)
+            self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             train_rows, _ = self._prepare("training", data.train)
             held_out, longest = (None, 0) if data.eval is None else self._prepare("held-out", data.eval)
             if config.evaluate is not None and config.rewards:
@@ -164,7 +177,8 @@ class _Run:
             # a vote takes the place of all rewards: the weight of the one behind the metrics is not its own
             weights = None if self.config.task == "ttrl" else [reward.weight for reward in rewards]
             return trl_config(GRPOConfig, self.config.trainer, self.run, reward_weights=weights)
-        return trl_config(SFTConfig, self.config.trainer, self.run)
+        kinds: dict[str, type] = {"preference": DPOConfig, "reward": RewardConfig}
+        return trl_config(kinds.get(self.config.task, SFTConfig), self.config.trainer, self.run)
 
     def _warm_start_arguments(self) -> Any:
         """Return the arguments of the warm start, or None when there is none."""
@@ -196,6 +210,17 @@ class _Run:
             f"{name}: {lengths.kept} rows, {lengths.column} length median {lengths.percentiles[50]}, "
             f"longest {lengths.longest} tokens{left_out}"
         )
+        spec = TASKS[self.config.task]
+        if spec.pairs:
+            rows, counts = apply_pair_lengths(
+                rows,
+                self.tokenizer,
+                self.args.max_length,
+                config.over_length,
+                whole=spec.scores,
+                context=self.context,
+            )
+            self.say(f"{name}: {counts}")
         return rows, lengths.longest if lengths.column == "prompt" else 0
 
     def _describe(self, data: LoadedData) -> None:
@@ -258,6 +283,10 @@ class _Run:
             if TASKS[self.config.task].generates:
                 trainer: Any = grpo_trainer(
                     self.config, self.run, self.args, model, self.tokenizer, rows, rewards, **options
+                )
+            elif TASKS[self.config.task].pairs:
+                trainer = pair_trainer(
+                    self.config, self.run, self.args, model, self.tokenizer, rows, **options
                 )
             else:
                 trainer = sft_trainer(

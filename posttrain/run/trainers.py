@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import GRPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 
+from posttrain import DPOTrainer, RewardTrainer
 from posttrain.config.schema import RunConfig, SelectionConfig
 from posttrain.rl import registry
 from posttrain.rl.trainer import GRPOTrainer
@@ -106,6 +110,46 @@ def grpo_trainer(
         selection=selection,
     )
     recorder.trainer = trainer
+    return _watched(trainer, run, config.task)
+
+
+def pair_trainer(
+    config: RunConfig,
+    run: RunDirectory,
+    args: DPOConfig | RewardConfig,
+    model: Any,
+    tokenizer: Any,
+    train: Dataset,
+    *,
+    held_out: Dataset | None = None,
+    peft_config: Any = None,
+    watchers: Sequence[TrainerCallback] = (),
+    selection: Select | None = None,
+) -> DPOTrainer | RewardTrainer:
+    """Build the trainer of a run on pairs; ``watchers`` come before what reads logs."""
+    options: dict[str, Any] = {
+        "model": model,
+        "args": args,
+        "train_dataset": train,
+        "eval_dataset": held_out if args.eval_strategy != "no" else None,
+        "processing_class": tokenizer,
+        "peft_config": peft_config,
+        "callbacks": [*watchers, RunRecorder(run), FiniteWeights()],
+        "selection": selection,
+    }
+    trainer: DPOTrainer | RewardTrainer
+    if isinstance(args, RewardConfig):
+        trainer = RewardTrainer(**options)
+    else:
+        whole = peft_config is None and not isinstance(model, PeftModel)
+        if whole and not args.precompute_ref_log_probs:
+            # TRL would read it from the model's address again, which an embedded model does not have
+            options["ref_model"] = copy.deepcopy(model)
+        if config.methods:
+            options["methods"] = importlib.import_module("posttrain.preference.registry").build(
+                config.methods
+            )
+        trainer = DPOTrainer(**options)
     return _watched(trainer, run, config.task)
 
 

@@ -1,0 +1,95 @@
+"""Preference and reward runs from end to end: files, resume, adapters, what the verbs make of them."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from run_jobs import assert_same, json_lines, merged, posttrain
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+WORDS = ("sun", "moon", "star", "sea", "hill", "tree", "bird", "fish")
+LORA = {"model": {"adapter": {"r": 4}}}
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Write pairs and a configuration; carry it out."""
+
+    def job(task, *changes, name="run", arguments=()):
+        rows = [
+            {"prompt": f"say {word} {n}:", "chosen": f" good {word}", "rejected": f" bad {word}"}
+            for n, word in enumerate(WORDS * 3)
+        ]
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = {
+            "task": task,
+            "threads": 1,
+            "run_dir": str(tmp_path / name),
+            "data": {"source": str(tmp_path / "pairs.jsonl"), "eval": {"size": 6}},
+            "trainer": {
+                "max_steps": 4,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-3,
+                "gradient_checkpointing": False,
+                "logging_steps": 1,
+                "save_steps": 2,
+            },
+            "export": {},
+        }
+        for change in changes:
+            config = merged(config, change)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        result = posttrain("train", tmp_path / f"{name}.yaml", *arguments)
+        return tmp_path / name, result
+
+    return job
+
+
+def weights(run):
+    return {
+        str(path.relative_to(run)): load_file(path)
+        for path in sorted((run / "export").rglob("*.safetensors"))
+    }
+
+
+@pytest.mark.parametrize("task", ["preference", "reward"])
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["whole", "lora"])
+def test_a_run_stopped_and_resumed_is_the_run_in_one_go(job, task, adapter):
+    parts, _ = job(
+        task, adapter, {"trainer": {"max_steps": 2, "lr_scheduler_type": "constant"}}, name="parts"
+    )
+    straight, _ = job(task, adapter, {"trainer": {"lr_scheduler_type": "constant"}}, name="straight")
+    posttrain("train", parts.with_suffix(".yaml"), "--resume", "trainer.max_steps=4")
+    assert_same(weights(straight), weights(parts))
+    rows = [row for row in json_lines(parts / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    if task == "preference":
+        assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    exported = straight / "export"
+    kind = AutoModelForSequenceClassification if task == "reward" else AutoModelForCausalLM
+    if adapter:
+        base = kind.from_pretrained(exported / "base", **({"num_labels": 1} if task == "reward" else {}))
+        model = PeftModel.from_pretrained(base, exported)
+    else:
+        model = kind.from_pretrained(exported)
+    ids = torch.arange(4, 24).unsqueeze(0)
+    assert model(ids).logits.shape == ((1, 1) if task == "reward" else (1, 20, 100))
+
+
+def test_label_noise_is_said_and_in_the_manifest(job):
+    run, result = job(
+        "reward", {"data": {"label_noise": {"share": 0.25, "seed": 3}}, "trainer": {"max_steps": 1}}
+    )
+    assert "exchanged in 6 of 24 training rows (drawn with seed 3)" in result.stderr
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["data"]["label_noise"] == {"rows": 24, "share": 0.25, "seed": 3, "flipped": 6}
+
+
+def test_pairs_that_do_not_fit_are_refused_before_anything_is_written(job, tmp_path):
+    with pytest.raises(AssertionError, match=r"24 of 24 pairs have a prompt that leaves no room"):
+        job("preference", {"trainer": {"max_length": 5}})
+    assert not (tmp_path / "run" / "config.yaml").exists()
