@@ -80,6 +80,14 @@ def history(run: Any) -> list[dict[str, float]]:
     return [{k: v for k, v in log.items() if not any(t in k for t in timed)} for log in run.state.log_history]
 
 
+def assert_trl_equal(ours: Any, theirs: Any) -> None:
+    """Train both: every number that TRL logs is the same, and so is every weight, bit for bit."""
+    for left, right in zip(history(ours), history(theirs), strict=True):
+        assert right == {name: left[name] for name in right}
+    a, b = (run.accelerator.unwrap_model(run.model).state_dict() for run in (ours, theirs))
+    support.assert_same(a, b)
+
+
 def batch(
     logps: Any, ref_logps: Any, *, mask: Any = None, kl: Any = None, beta: float = 0.1, **fields: Any
 ) -> Batch:

@@ -84,13 +84,6 @@ class Squared(Method):
         return (chosen - rejected - 1).square().mean()
 
 
-def same_weights(left, right):
-    a, b = (run.accelerator.unwrap_model(run.model).state_dict() for run in (left, right))
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("methods", [[], [Ones()]], ids=["none", "ones"])
 def test_is_trl_for_every_loss(tmp_path, loss, methods):
@@ -98,8 +91,7 @@ def test_is_trl_for_every_loss(tmp_path, loss, methods):
     settings = {"loss_type": loss, "label_smoothing": smoothing, "beta": 0.3, "max_steps": 3}
     ours = pairs.trainer(tmp_path / "a", methods=methods, **settings)
     theirs = pairs.trainer(tmp_path / "b", trl=True, **settings)
-    assert pairs.history(ours) == pairs.history(theirs)
-    same_weights(ours, theirs)
+    pairs.assert_trl_equal(ours, theirs)
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
@@ -127,8 +119,7 @@ SETTINGS = {
 def test_is_trl_in_every_setting(tmp_path, name):
     ours = pairs.trainer(tmp_path / "a", max_steps=6, **SETTINGS[name])
     theirs = pairs.trainer(tmp_path / "b", trl=True, max_steps=6, **SETTINGS[name])
-    assert pairs.history(ours) == pairs.history(theirs)
-    same_weights(ours, theirs)
+    pairs.assert_trl_equal(ours, theirs)
 
 
 def direct_loss(run, inputs, method, beta):
