@@ -2,22 +2,26 @@
 
 :mod:`~posttrain.kernels.statistics`, :mod:`~posttrain.kernels.divergence` and
 :mod:`~posttrain.kernels.entropy` have the mathematics on plain tensors, :mod:`~posttrain.kernels.head` the LM
-head of a model and the watching of a forward.
+head of a model and the watching of a forward, :mod:`~posttrain.kernels.reference` a policy beside its
+reference.
 """
 
 from posttrain.kernels.divergence import filtered_forward_kl
 from posttrain.kernels.entropy import entropies_with_gradient
 from posttrain.kernels.head import LMHead, Scored, logit_scale_of, watch_head
+from posttrain.kernels.reference import ReferenceScores, score_against_reference
 from posttrain.kernels.statistics import TILE, TokenStatistics, token_statistics
 
 __all__ = [
     "TILE",
     "LMHead",
+    "ReferenceScores",
     "Scored",
     "TokenStatistics",
     "entropies_with_gradient",
     "filtered_forward_kl",
     "logit_scale_of",
+    "score_against_reference",
     "token_statistics",
     "watch_head",
 ]

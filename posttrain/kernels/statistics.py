@@ -141,15 +141,26 @@ def tempered_tiles(
         rows = slice(start, min(start + size, count))
         with torch.autocast(hidden.device.type, enabled=False):
             z = project(hidden[rows], weight, tile)
-        if bias is not None:
-            z += bias.to(z.dtype)
-        if logit_scale != 1.0:
-            z *= logit_scale
-        if softcap is not None:
-            z.div_(softcap).tanh_().mul_(softcap)
-        if temperature != 1.0:
-            z /= temperature
+        temper(z, bias, temperature, logit_scale, softcap)
         yield rows, z
+
+
+def temper(
+    z: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """Overwrite products of hidden states and head with tempered logits; arguments as above."""
+    if bias is not None:
+        z += bias.to(z.dtype)
+    if logit_scale != 1.0:
+        z *= logit_scale
+    if softcap is not None:
+        z.div_(softcap).tanh_().mul_(softcap)
+    if temperature != 1.0:
+        z /= temperature
 
 
 def project(hidden: torch.Tensor, weight: torch.Tensor, tile: int = TILE) -> torch.Tensor:
