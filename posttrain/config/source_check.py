@@ -193,9 +193,12 @@ def _looks_local(name: str) -> bool:
 def check_reward(reward: RewardConfig, data: DataConfig, index: int) -> Iterator[Problem]:
     """Yield what is wrong with one reward: its name and all its parameters."""
     from posttrain.rewards.registry import VERIFIERS, ParameterError
-    from posttrain.rewards.reward import verifier_spec
+    from posttrain.rewards.reward import MODEL_PREFIX, verifier_spec
 
     path: KeyPath = ("rewards", index)
+    if reward.name.startswith(MODEL_PREFIX):
+        yield from _reward_model_problems(reward, path)
+        return
     if reward.name.startswith(FUNCTION):
         yield from _function_problems(reward.name, (*path, "name"))
         return
@@ -205,7 +208,7 @@ def check_reward(reward: RewardConfig, data: DataConfig, index: int) -> Iterator
         yield Problem(
             f"unknown reward {reward.name!r}",
             (*path, "name"),
-            needed=f"one of {', '.join(known)}, {FUNCTION}package.module.function",
+            needed=f"one of {', '.join(known)}, {FUNCTION}package.module.function, {MODEL_PREFIX}PATH",
             suggestion=f"did you mean {near!r}?" if near else None,
         )
         return
@@ -219,6 +222,49 @@ def check_reward(reward: RewardConfig, data: DataConfig, index: int) -> Iterator
     pattern = reward.params.get("pattern")
     if reward.name == "format" and isinstance(pattern, str):
         yield from _pattern_problems(pattern, (*path, "params", "pattern"))
+
+
+def _reward_model_problems(reward: RewardConfig, path: KeyPath) -> Iterator[Problem]:
+    """Look for the model; it is not loaded."""
+    from posttrain.rewards.model import check_params
+    from posttrain.rewards.registry import ParameterError
+
+    place = reward.name.partition(":")[2]
+    folder = Path(place).expanduser()
+    if _looks_local(place) or folder.exists():
+        wanted = ("config.json", "adapter_config.json", "config.yaml")
+        if not any((folder / file).is_file() for file in wanted):
+            yield Problem(
+                f"the folder {place} is no reward model"
+                if folder.is_dir()
+                else f"there is no folder {place}",
+                (*path, "name"),
+                needed="a run of task: reward, a folder with a reward model, or a Hub id such as user/name",
+            )
+    elif not HUB_ID.fullmatch(place):
+        yield Problem(
+            "this names no reward model",
+            (*path, "name"),
+            found=reward.name,
+            needed="model:FOLDER or model:user/name",
+        )
+    try:
+        check_params(reward.params)
+    except ParameterError as error:
+        for name, message in error.problems:
+            yield Problem(message, (*path, "params", name))
+    idle = [
+        name
+        for name in ("deadline", "workers")
+        if getattr(reward, name) != RewardConfig.model_fields[name].default
+    ]
+    if idle:
+        yield Problem(
+            f"{idle[0]} is of verifier processes, and a reward model runs in the training process",
+            (*path, idle[0]),
+            "warning",
+            suggestion="drop it",
+        )
 
 
 def _function_problems(name: str, path: KeyPath) -> Iterator[Problem]:

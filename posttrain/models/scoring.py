@@ -51,11 +51,13 @@ def load_reward_model(
     if load.is_untrained(config):
         causal, tokenizer = load.load_model(config, seed=seed)
         known = {key: value for key, value in causal.config.to_dict().items() if "label" not in key}
-        settings = LlamaConfig(**known, num_labels=1)
+        settings = LlamaConfig(**{**known, "num_labels": 1})
         with _head_seed(seed):
             model = LlamaForSequenceClassification(settings)
         model.model.load_state_dict(causal.model.state_dict())
-        return model.to(next(causal.parameters()).dtype).eval(), tokenizer
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(causal.dtype)
+        return model.eval(), tokenizer
     if config.adapter is not None and load.find_adapter_folder(config.path, config.revision) is not None:
         raise ModelLoadError(
             f"model.path {config.path!r} is an adapter and model.adapter asks for another one on top: merge "
@@ -149,7 +151,7 @@ def _from_pretrained(config: ModelConfig, seed: int | None) -> PreTrainedModel:
             f"{path!r} is no reward model: it has no trained head ({', '.join(missing)}). Train one with "
             "task: reward"
         )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 @contextlib.contextmanager

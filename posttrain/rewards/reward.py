@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from posttrain.data.load import LoadedData
 
 GENERATED = "reasoning_gym:"
+MODEL_PREFIX = "model:"
 NAMED_SAMPLES = 5
 DEFAULT_MEMORY_GIB = 4.0
 
@@ -93,6 +94,14 @@ class Reward:
             completions = [completion_text(completion) for completion in completions]
         return self.pool.verify(completions, rows)
 
+    def wait_ready(self) -> None:
+        """Wait until its processes have loaded the verifier.
+
+        Raises:
+            VerifierStartError: One could not.
+        """
+        self.pool.wait_ready()
+
     def close(self) -> None:
         """End the verifier processes."""
         self.pool.close()
@@ -132,26 +141,33 @@ def build_rewards(configs: Sequence[RewardConfig], data: LoadedData | DataConfig
         data: The loaded data, whose columns are then checked too, or the ``data`` section.
 
     Returns:
-        One reward per entry. Names are ``verifier``, ``math`` ..., or the function's own name; the second of
-        a name is ``math_2``.
+        One reward per entry. Names are ``verifier``, ``math`` ..., the function's own name, or ``model``; the
+        second of a name is ``math_2``.
 
     Raises:
-        ValueError: A reward does not fit the data or does not take its parameters.
+        ValueError: A reward does not fit the data or does not take its parameters, or a reward model cannot
+            be loaded.
         VerifierStartError: A verifier cannot be loaded.
     """
     config = data if isinstance(data, DataConfig) else data.config
     planned = []
     for entry in configs:
         spec, memory = verifier_spec(entry, config)
-        if not isinstance(data, DataConfig):
+        if not isinstance(data, DataConfig) and not entry.name.startswith(MODEL_PREFIX):
             _check_columns(spec, data)
         planned.append((entry, spec, memory))
     rewards: list[Reward] = []
     try:
         for name, (entry, spec, memory) in zip(reward_names(configs), planned, strict=True):
-            rewards.append(Reward(name, entry, spec, memory))
+            if entry.name.startswith(MODEL_PREFIX):
+                from posttrain.rewards.model import ModelReward
+
+                path = entry.name.removeprefix(MODEL_PREFIX)
+                rewards.append(ModelReward(path, config=entry, name=name, **entry.params))
+            else:
+                rewards.append(Reward(name, entry, spec, memory))
         for reward in rewards:  # all of them are starting already
-            reward.pool.wait_ready()
+            reward.wait_ready()
     except BaseException:
         for reward in rewards:
             reward.close()
@@ -168,6 +184,7 @@ def reward_names(configs: Sequence[RewardConfig]) -> list[str]:
     names = []
     for entry in configs:
         name = entry.name.rpartition(".")[2] if entry.name.startswith(FUNCTION_PREFIX) else entry.name
+        name = "model" if name.startswith(MODEL_PREFIX) else name
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
     return names
@@ -181,6 +198,11 @@ def verifier_spec(config: RewardConfig, data: DataConfig) -> tuple[VerifierSpec,
         ParameterError: Parameters it does not take, all of them.
     """
     params = dict(config.params)
+    if config.name.startswith(MODEL_PREFIX):
+        from posttrain.rewards.model import check_params
+
+        check_params(params)
+        return VerifierSpec(config.name, params), None
     problems: list[tuple[str, str]] = []
     memory = params.pop("memory_gib", DEFAULT_MEMORY_GIB)
     if memory is not None and not (isinstance(memory, (int, float)) and memory > 0):

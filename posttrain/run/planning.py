@@ -45,7 +45,7 @@ def make_plan(config: RunConfig) -> SelectionPlan:
         elif config.model.adapter is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, build_peft_config(config.model.adapter, model))  # type: ignore[arg-type]
+            model = get_peft_model(model, build_peft_config(config.model.adapter, model))
         return select.what.select(model, round=select.round, batches=batches)
     except (ValueError, FloatingPointError) as error:
         raise RunError(f"selection: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 
-from posttrain import DPOTrainer, RewardTrainer
 from posttrain.config.schema import RunConfig, SelectionConfig
+from posttrain.preference import registry as preference_registry
+from posttrain.preference.reward_trainer import RewardTrainer
+from posttrain.preference.trainer import DPOTrainer
 from posttrain.rl import registry
 from posttrain.rl.trainer import GRPOTrainer
 from posttrain.rl.ttrl import unlabelled
@@ -145,11 +146,7 @@ def pair_trainer(
         if whole and not args.precompute_ref_log_probs:
             # TRL would read it from the model's address again, which an embedded model does not have
             options["ref_model"] = copy.deepcopy(model)
-        if config.methods:
-            options["methods"] = importlib.import_module("posttrain.preference.registry").build(
-                config.methods
-            )
-        trainer = DPOTrainer(**options)
+        trainer = DPOTrainer(**options, methods=preference_registry.build(config.methods))
     return _watched(trainer, run, config.task)
 
 

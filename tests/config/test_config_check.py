@@ -567,3 +567,14 @@ def test_any_overrides_give_a_report(tmp_path_factory, overrides):
     path = tmp_path_factory.mktemp("overrides") / "run.yaml"
     path.write_text(GOOD)
     assert check_config(path, overrides).text()
+
+
+def test_reward_models_are_looked_for_and_their_parameters_checked(problems, tmp_path):
+    found = problems(f"rewards=[{{'model:{tmp_path}': {{params: {{batch: 2, batch_size: 0}}, workers: 2}}}}]")
+    assert set(found) == {
+        "rewards.0.name", "rewards.0.params.batch", "rewards.0.params.batch_size", "rewards.0.workers",
+    }  # fmt: skip
+    assert "is no reward model" in found["rewards.0.name"].message
+    assert found["rewards.0.workers"].severity == "warning"
+    (tmp_path / "config.json").write_text("{}")
+    assert problems(f"rewards=['model:{tmp_path}']") == {}

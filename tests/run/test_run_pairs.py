@@ -93,3 +93,14 @@ def test_pairs_that_do_not_fit_are_refused_before_anything_is_written(job, tmp_p
     with pytest.raises(AssertionError, match=r"24 of 24 pairs have a prompt that leaves no room"):
         job("preference", {"trainer": {"max_length": 5}})
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_reward_run_is_a_reward_of_another_run(job, tmp_path):
+    scorer, _ = job("reward", LORA, name="scorer")
+    trainer = {"num_generations": 2, "max_completion_length": 4, "max_steps": 2, "max_length": None}
+    run, _ = job(
+        "rlvr", {"rewards": [f"model:{scorer}/export"], "trainer": trainer, "export": None}, name="policy"
+    )
+    rows = [row for row in json_lines(run / "metrics.jsonl") if "loss" in row]
+    assert all(row["reward_std"] > 0 and row["verifier/model/error"] == 0 for row in rows)
+    assert json_lines(run / "completions.jsonl")[0]["rewards"]["model"] is not None
