@@ -10,7 +10,9 @@ import posttrain.preference
 from posttrain import find_methods
 from posttrain.preference.method import Method
 
-_MACHINERY = frozenset({"trainer", "trainers", "reward_trainer", "method", "registry", "seams"})
+_MACHINERY = frozenset(
+    {"diagnostics", "trainer", "trainers", "reward_trainer", "method", "registry", "seams"}
+)
 
 
 @functools.cache

@@ -53,6 +53,7 @@ class PairSeams(TRLDPOTrainer):
         precomputed = self.precompute_ref_logps
         inputs = dict(inputs)
         self.mask = inputs["completion_mask"][..., 1:]
+        self.tokens = inputs["input_ids"][..., 1:]
         self.ids = inputs.pop(ID, None)
 
         def policy(**kwargs: Any) -> Any:

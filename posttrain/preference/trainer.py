@@ -24,6 +24,7 @@ from trl import DPOTrainer as TRLDPOTrainer
 from posttrain.columns import WithColumns
 from posttrain.guards import FiniteGuard
 from posttrain.methods import vet
+from posttrain.preference import diagnostics
 from posttrain.preference.method import Batch, Method
 from posttrain.preference.seams import ID, PairSeams
 from posttrain.rl.gauges import Gauges
@@ -192,12 +193,33 @@ class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
             if penalty is not None:
                 loss = loss + penalty
             method.watch(batch, scores.detach())
+        self._log_pairs(batch, scores.detach())
         self._batch, self._watched = None, {}
         del self._scores
         means, maxima = self._gauges.flush(self.accelerator)
         for name, value in {**means, **maxima}.items():
             self._metrics[self._mode][name].append(value)
         return loss
+
+    def _log_pairs(self, batch: Batch, scores: torch.Tensor) -> None:
+        how = diagnostics.Comparison(
+            loss_types=batch.loss_types,
+            beta=self.beta,
+            divergence=str(self.f_divergence_type),
+            coefficient=self.f_alpha_divergence_coef,
+        )
+        margin = None
+        if self._replacing is None:
+            margin = diagnostics.margins(scores, batch.sums.detach(), batch.mask.sum(dim=1), how)
+        diagnostics.log_pairs(self._gauges, batch, self.tokens, margin)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with what has changed since the log before (:mod:`posttrain.preference.diagnostics`)."""
+        prefix = "" if self._mode == "train" else "eval_"
+        now = {prefix + name: sum(found) / len(found) for name, found in self._metrics[self._mode].items()}
+        earlier: Any = diagnostics.same_kind(self.state.log_history, logs)
+        logs.update(diagnostics.trends(now, earlier, self.state.global_step, prefix))
+        super().log(logs, start_time)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self._replacing is None:

@@ -24,8 +24,8 @@ class Gauges:
         self._maxima: dict[str, torch.Tensor] = {}
 
     def enter(self, method: str) -> None:
-        """Log what follows under ``method/``."""
-        self._method = method
+        """Log what follows under ``method/``; under its plain name with an empty string."""
+        self._method = f"{method}/" if method else ""
 
     def mean(self, name: str, values: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Log the mean of ``values``, over the entries where ``where`` is non-zero if it is given."""
@@ -35,13 +35,13 @@ class Gauges:
         else:
             chosen = (where.detach() != 0).expand_as(values)
             total, count = torch.where(chosen, values, 0), chosen.sum()
-        self._sums[f"{self._method}/{name}"] = (wide(total).sum(), wide(count))
+        self._sums[f"{self._method}{name}"] = (wide(total).sum(), wide(count))
 
     def max(self, name: str, values: torch.Tensor) -> None:
         """Log the largest of ``values``; nothing when no rank has any."""
         values = wide(values.detach())
         found = values.max() if values.numel() else values.new_tensor(-torch.inf)
-        self._maxima[f"{self._method}/{name}"] = found
+        self._maxima[f"{self._method}{name}"] = found
 
     def flush(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
         """Reduce over ranks and return (means, maxima) by name; names without any entry are left out."""
