@@ -19,12 +19,14 @@ from trl import DPOTrainer as TRLDPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from posttrain.adapters.reference import REFERENCE, InitialPolicy
+
 #: Column of the training data with the place of a row, see ``Batch.ids``.
 ID = "posttrain_id"
 
 
-class PairSeams(TRLDPOTrainer):
-    """TRL's trainer with hooks; with the hooks' defaults it is TRL, bit for bit."""
+class PairSeams(InitialPolicy, TRLDPOTrainer):
+    """TRL's trainer with hooks; with the hooks' defaults it is TRL, bit for bit, but for wrong references."""
 
     def on_forward(
         self, outputs: Any, logps: torch.Tensor, ref_logps: torch.Tensor | None, ref_sums: torch.Tensor
@@ -67,7 +69,9 @@ class PairSeams(TRLDPOTrainer):
             else:
                 ref_logps = self._reference_forward(kwargs).log_probs[:, -width:]
                 ref_sums = self.weighed_sums(ref_logps)
-            correction = self.on_forward(outputs, outputs.log_probs[:, -width:], ref_logps, ref_sums)
+            logps = outputs.log_probs[:, -width:]
+            self.check_start(self.weighed_sums(logps) - ref_sums, self.mask)
+            correction = self.on_forward(outputs, logps, ref_logps, ref_sums)
             if correction is not None:
                 ref_sums = ref_sums - correction
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref_sums.chunk(2)
@@ -105,7 +109,7 @@ class PairSeams(TRLDPOTrainer):
             return
         policy = self.accelerator.unwrap_model(self.model)
         assert isinstance(policy, PeftModel)  # else TRL has made a reference model
-        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+        with use_adapter(policy, adapter_name=REFERENCE if REFERENCE in policy.peft_config else None):
             yield self.model, policy.get_base_model()
 
     def weighed_sums(self, logps: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
@@ -92,19 +92,10 @@ class GRPOTrainer(SelectionMixin, FiniteGuard, MoreRollouts):
         self.wants_embeddings = self._anyone_needs("embeddings")
         self.wants_head = self._anyone_needs("head")
         self.wants_old_head = self._anyone_needs("old_head")
-        self._adapter_acts_at_start = isinstance(model, PeftModel) or not _starts_empty(peft_config)
         self._gauges = Gauges()
         super().__init__(*args, **kwargs)
         self.refuse_late()
         self.start_selection(selection)
-        if self.beta != 0 and not self.wants_reference and not _starts_empty(peft_config):
-            logger.warning(
-                "the KL term is measured against a wrong reference: init_lora_weights=%r moves weights into "
-                "the adapter, and TRL's reference is the model with the adapter off. Kept, because without "
-                "methods this trainer is TRL; use init_lora_weights=True, or a method that needs a reference "
-                "(ace), which makes it right.",
-                getattr(peft_config, "init_lora_weights", None),
-            )
 
     def _anyone_needs(self, need: Need) -> bool:
         return any(need in method.needs for method in self._active)
@@ -433,11 +424,6 @@ def _names(functions: Any) -> tuple[str, ...] | None:
         return None
     listed = functions if isinstance(functions, (list, tuple)) else [functions]
     return tuple(reward_name(function) for function in listed)
-
-
-def _starts_empty(adapter: PeftConfig | None) -> bool:
-    """Whether a new adapter leaves the model as it is; PiSSA, OLoRA and others move weights into it."""
-    return getattr(adapter, "init_lora_weights", True) in (True, "gaussian", "eva", "orthogonal")
 
 
 def check_methods(

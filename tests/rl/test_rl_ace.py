@@ -1,7 +1,6 @@
 """ACE against the numbers of its definition (arXiv 2602.21420) and against independent references."""
 
 import inspect
-import logging
 import math
 
 import pytest
@@ -473,29 +472,6 @@ def test_drift_is_of_the_policy_that_generated(tmp_path):
     assert second == [second[0]] * 3
     assert first[0] != second[0]
     assert len(set(seen["live"])) == 6
-
-
-@pytest.mark.parametrize(
-    ("init", "beta", "methods", "warned"),
-    [
-        ("pissa", 0.1, [], True),
-        ("pissa", 0.0, [], False),
-        (True, 0.1, [], False),
-        ("pissa", 0.1, [ACE()], False),
-    ],
-)
-def test_a_wrong_reference_of_trl_is_said(tmp_path, caplog, init, beta, methods, warned):
-    with caplog.at_level(logging.WARNING, logger="posttrain"):
-        GRPOTrainer(
-            model=support.model(),
-            args=support.grpo_config(tmp_path, beta=beta),
-            reward_funcs=support.letter_reward,
-            train_dataset=support.prompts(),
-            processing_class=support.tokenizer(),
-            peft_config=support.lora(init_lora_weights=init),
-            methods=methods,
-        )
-    assert ("against a wrong reference" in caplog.text) == warned
 
 
 def fixed_rollout(prompts, trainer):

@@ -19,6 +19,13 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
+from posttrain.adapters.reference import (
+    REFERENCE,
+    adapter_pairs,
+    hides_start,
+    keep_initial,
+    load_beside_reference,
+)
 from posttrain.rl.seams.batch import BatchSeams
 
 # What a forward needs beside ids and mask; present for multimodal models only.
@@ -39,8 +46,6 @@ _FORWARD_KEYS = (
 class ReferenceSeams(BatchSeams):
     """Keeps a reference policy beside TRL's own."""
 
-    #: Whether the model with its adapter differs from the base from the start.
-    _adapter_acts_at_start: bool = False
     #: Whether :meth:`refresh_reference` may be called.
     wants_movable_reference: bool = False
     #: Whether ``posttrain/old_logps`` must be in every on-policy batch.
@@ -52,9 +57,8 @@ class ReferenceSeams(BatchSeams):
         """Make the initial policy available where TRL does not: with ``beta=0``, or hidden in an adapter."""
         policy = self.accelerator.unwrap_model(self.model)
         if isinstance(policy, PeftModel):
-            own = self._adapter_acts_at_start or self.wants_movable_reference
-            if own and "ref" not in policy.peft_config:
-                self._copy_adapter(policy)
+            if REFERENCE in policy.peft_config or self.wants_movable_reference or hides_start(policy):
+                keep_initial(policy)
             return
         if self.beta != 0.0:
             return
@@ -82,26 +86,9 @@ class ReferenceSeams(BatchSeams):
         else:
             self._own_reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
-    def _copy_adapter(self, policy: Any) -> None:
-        """Keep a frozen copy named ``ref`` of the adapter: the initial policy is the base with it."""
-        trained = policy.active_adapters[0]
-        config = copy.deepcopy(policy.peft_config[trained])
-        if hasattr(config, "init_lora_weights"):
-            config.init_lora_weights = True  # PiSSA and its kin would change the base a second time
-        devices = [policy.device] if policy.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # adding an adapter draws its initial values
-            policy.add_adapter("ref", config)
-        for name, parameter in policy.named_parameters():
-            if f".{trained}." in name:
-                copied = policy.get_parameter(name.replace(f".{trained}.", ".ref."))
-                copied.data.copy_(parameter.data)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        policy = self.model if model is None else model
-        if isinstance(policy, PeftModel) and {"ref", "default"} <= policy.peft_config.keys():
-            # transformers loads adapters from subfolders (the reference) and then forgets the one beside them
-            policy.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        load_beside_reference(self.model if model is None else model, resume_from_checkpoint)
 
     @contextlib.contextmanager
     def _reference_model(self) -> Iterator[torch.nn.Module]:
@@ -113,7 +100,7 @@ class ReferenceSeams(BatchSeams):
         training = policy.training
         policy.eval()  # dropout belongs to training: the reference is one fixed policy
         try:
-            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+            with use_adapter(policy, adapter_name=REFERENCE if REFERENCE in policy.peft_config else None):
                 yield self.model
         finally:
             policy.train(training)
@@ -130,12 +117,7 @@ class ReferenceSeams(BatchSeams):
         """Return the tensors in which reference and policy can differ, in pairs."""
         policy = self.accelerator.unwrap_model(self.model)
         if isinstance(policy, PeftModel):
-            trained = policy.active_adapters[0]
-            return [
-                (policy.get_parameter(name.replace(f".{trained}.", ".ref.")), parameter)
-                for name, parameter in policy.named_parameters()
-                if f".{trained}." in name
-            ]
+            return adapter_pairs(policy, policy.active_adapters[0])
         reference = self._own_reference if self._own_reference is not None else self.ref_model
         return list(zip(reference.parameters(), policy.parameters(), strict=True))
 

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch.utils.data import Sampler
 from trl.trainer.utils import RepeatSampler, get_callable_name, get_config_model_id
 
+from posttrain.adapters.reference import copied_safely
 from posttrain.kernels.head import Scored, watch_head
 from posttrain.rl.formulas import aggregate, group_advantages
 from posttrain.rl.seams.reference import ReferenceSeams
@@ -65,8 +66,9 @@ class GRPOSeams(ReferenceSeams):
         self._old_pass_is_next = self._postponing = False
         self._old_statistics: dict[str, torch.Tensor] = {}
         self.live_head: Scored | None = None
-        super().__init__(*args, **kwargs)
-        if self.wants_reference or self.wants_movable_reference:
+        with copied_safely(args[0] if args else kwargs.get("model")):
+            super().__init__(*args, **kwargs)
+        if self.wants_reference or self.wants_movable_reference or self.beta != 0.0:
             self._build_reference()
         if self.wants_movable_reference:
             self._refuse_sharded_reference()

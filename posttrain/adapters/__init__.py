@@ -1,0 +1,1 @@
+"""What PEFT lacks, and guards for what it gets wrong."""
