@@ -88,7 +88,7 @@ def keep_initial(policy: PeftModel) -> None:
     """
     trained = policy.active_adapters[0]
     config = policy.peft_config[trained]
-    kind = config.peft_type.value
+    kind = _kind(config)
     measurable = _measurable(policy)
     before = _probe(policy) if measurable else None
     if REFERENCE not in policy.peft_config:
@@ -172,7 +172,7 @@ class InitialPolicy(Trainer):
             keep_initial(policy)
             if getattr(self, "_precompute_model_hash", None) is not None:
                 # cached reference values of the model without the copy are not those of the initial policy
-                self._precompute_model_hash = hash_module(policy)
+                vars(self)["_precompute_model_hash"] = hash_module(policy)
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         self._keep_initial()  # the constructor computes the reference before it returns
@@ -235,7 +235,7 @@ def _drops_out(policy: Any) -> bool:
 
 def _harmless(config: PeftConfig) -> PeftConfig:
     """Return a configuration whose adapter has the same tensors, leaves the base alone."""
-    neutral = copy.deepcopy(config)
+    neutral: Any = copy.deepcopy(config)
     if hasattr(neutral, "init_lora_weights"):
         neutral.init_lora_weights = True  # PiSSA and its kin would change the base a second time
     if getattr(neutral, "layer_replication", None):
@@ -243,6 +243,10 @@ def _harmless(config: PeftConfig) -> PeftConfig:
     if isinstance(neutral, AdaLoraConfig):
         neutral.inference_mode = True  # PEFT allows one that trains
     return neutral
+
+
+def _kind(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _measurable(policy: PeftModel) -> bool:
@@ -266,7 +270,7 @@ def _probe(policy: PeftModel) -> torch.Tensor:
             use_cache=False,
         ).log_probs
     except Exception as error:
-        kind = policy.peft_config[policy.active_adapters[0]].peft_type.value
+        kind = _kind(policy.peft_config[policy.active_adapters[0]])
         raise AdapterError(
             f"an adapter of type {kind} cannot be trained here: with it the model does not score tokens "
             f"({type(error).__name__}: {error}). Use another adapter type."
