@@ -57,10 +57,13 @@ class LMHead:
 
     @classmethod
     def of(cls, model: Any, temperature: float = 1.0) -> LMHead:
-        """Return the head of a transformers causal language model."""
+        """Return the head of a transformers causal language model, under the adapters that are on now."""
         config = model.config
         softcap = getattr(config.get_text_config(), "final_logit_softcapping", None)
-        return cls(model.get_output_embeddings(), temperature, logit_scale_of(config), softcap)
+        module = model.get_output_embeddings()
+        # PEFT's shell of a head in modules_to_save shows the weight of the adapter that is on at the moment
+        owners = (inner for inner in module.modules() if inner._parameters.get("weight") is module.weight)
+        return cls(next(owners, module), temperature, logit_scale_of(config), softcap)
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -219,7 +219,7 @@ class _Score(torch.autograd.Function):
             # summed over tiles, so not in half precision
             grad_hidden = torch.zeros_like(hidden, dtype=summed)
             grad_weight = torch.zeros_like(weight, dtype=summed) if needs_weight else None
-            grad_bias = torch.zeros_like(bias, dtype=summed) if needs_bias and bias is not None else None
+            grad_bias = torch.zeros_like(weight[:, 0], dtype=summed) if needs_bias else None
             row_spans, parts = _tiles(hidden, weight, tile)
             for rows in row_spans:
                 h, r, kl = hidden[rows], ref_hidden[rows], _nonzero_span(grad_kl[rows])
@@ -251,7 +251,7 @@ class _Score(torch.autograd.Function):
         return (
             grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
             None,
             None,
             None,

@@ -69,6 +69,7 @@ class Batch:
             ``mask`` is False. None unless needed.
         beta: TRL's ``beta``.
         ids: (B,) place of each pair in the training data before anything was left out, or None.
+        tokens: (R, T) the token ids y_t, or None.
         watched: What this method's :meth:`Method.watch_reference` gave.
         loss_types: TRL's ``loss_type``.
         step: Optimiser steps done.
@@ -85,6 +86,7 @@ class Batch:
     gauges: Gauges
     kl: torch.Tensor | None = None
     ids: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
     watched: Any = None
     loss_types: tuple[str, ...] = ("sigmoid",)
     step: int = 0
@@ -190,13 +192,14 @@ class Method(BaseModel):
         """Return optimiser groups of what :meth:`start` returned; the learning rate is the policy's."""
         return [{"params": list(module.parameters()), "weight_decay": 0.0}]
 
-    def watch_reference(self, reference: torch.nn.Module) -> AbstractContextManager[Any]:
+    def watch_reference(self, reference: torch.nn.Module, mask: torch.Tensor) -> AbstractContextManager[Any]:
         """Return a context for the forward of the reference; what it gives is :attr:`Batch.watched`.
 
         Args:
             reference: The reference model without wrappers, adapters set as for the forward.
+            mask: (R, T) bool, see :attr:`Batch.mask`.
         """
-        del reference
+        del reference, mask
         return nullcontext()
 
     def token_weights(self, batch: Batch) -> torch.Tensor | None:

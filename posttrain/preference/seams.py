@@ -9,7 +9,7 @@ forms is the score S of :mod:`posttrain.preference.method`, gradient included.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,6 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from posttrain.adapters.reference import REFERENCE, InitialPolicy
+from posttrain.preference.kl import forward_with_kl
 
 #: Column of the training data with the place of a row, see ``Batch.ids``.
 ID = "posttrain_id"
@@ -27,6 +28,11 @@ ID = "posttrain_id"
 
 class PairSeams(InitialPolicy, TRLDPOTrainer):
     """TRL's trainer with hooks; with the hooks' defaults it is TRL, bit for bit, but for wrong references."""
+
+    @property
+    def wants_kl(self) -> bool:
+        """Whether the outputs that :meth:`on_forward` gets have ``kl``."""
+        return False
 
     def on_forward(
         self, outputs: Any, logps: torch.Tensor, ref_logps: torch.Tensor | None, ref_sums: torch.Tensor
@@ -59,15 +65,19 @@ class PairSeams(InitialPolicy, TRLDPOTrainer):
         self.ids = inputs.pop(ID, None)
 
         def policy(**kwargs: Any) -> Any:
-            outputs = model(**kwargs)
             if not kwargs.get("fused_lm_head"):  # logits for compute_metrics
-                return outputs
+                return model(**kwargs)
+            outputs = self._forward_with_kl(model, kwargs, inputs) if self.wants_kl else model(**kwargs)
             width = self.mask.size(1)
             ref_logps = None
             if precomputed:
                 ref_sums = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
             else:
-                ref_logps = self._reference_forward(kwargs).log_probs[:, -width:]
+                ref_logps = (
+                    outputs.ref_logps
+                    if self.wants_kl
+                    else self._reference_forward(kwargs).log_probs[:, -width:]
+                )
                 ref_sums = self.weighed_sums(ref_logps)
             logps = outputs.log_probs[:, -width:]
             self.check_start(self.weighed_sums(logps) - ref_sums, self.mask)
@@ -87,8 +97,24 @@ class PairSeams(InitialPolicy, TRLDPOTrainer):
             return self.on_loss(loss), outputs
         return self.on_loss(result)
 
-    def _reference_forward(self, kwargs: dict[str, Any]) -> Any:
-        """Run the reference on what the policy was given."""
+    def _forward_with_kl(self, model: Any, kwargs: dict[str, Any], inputs: dict[str, Any]) -> Any:
+        policy = self.accelerator.unwrap_model(self.model)
+        return forward_with_kl(
+            model,
+            policy.get_base_model() if isinstance(policy, PeftModel) else policy,
+            self._reference_forward,
+            kwargs,
+            inputs["completion_mask"].bool(),
+            self.accelerator.autocast(),
+            log_sum_sq_probs=self.use_weighting,
+        )
+
+    def _reference_forward(
+        self,
+        kwargs: dict[str, Any],
+        watch: Callable[[Any], AbstractContextManager[Any]] = lambda _: contextlib.nullcontext(),
+    ) -> Any:
+        """Run the reference on what the policy was given, in the context that ``watch`` makes."""
         policy: Any = self.model
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         # a frozen model has no use for router logits
@@ -98,6 +124,7 @@ class PairSeams(InitialPolicy, TRLDPOTrainer):
             disable_gradient_checkpointing(policy, checkpointing),
             self._reference() as (reference, unwrapped),
             self.on_reference(unwrapped),
+            watch(unwrapped),
         ):
             return reference(**kwargs)
 

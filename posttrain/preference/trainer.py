@@ -75,6 +75,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
         self._gauges = Gauges()
         self._batch: Batch | None = None
         self._watched: dict[str, Any] = {}
+        self._stepped = True
         self.modules_of_methods: dict[str, torch.nn.Module] = {}
         super().__init__(*args, **kwargs)
         if self._numbered:
@@ -119,12 +120,18 @@ class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
 
     # ---- stages -----------------------------------------------------------------------------------------
 
+    @property
+    def wants_kl(self) -> bool:
+        """Whether a method asks for the exact KL."""
+        return any("kl" in method.needs for method in self._active)
+
     @contextlib.contextmanager
     def on_reference(self, reference: torch.nn.Module) -> Iterator[None]:
         """Let methods watch the forward of the reference."""
         with contextlib.ExitStack() as stack:
             self._watched = {
-                method.name: stack.enter_context(method.watch_reference(reference)) for method in self._active
+                method.name: stack.enter_context(method.watch_reference(reference, self.mask.bool()))
+                for method in self._active
             }
             yield
 
@@ -141,6 +148,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
             beta=self.beta,
             kl=getattr(outputs, "kl", None),
             ids=self.ids,
+            tokens=self.tokens,
             gauges=self._gauges,
             loss_types=tuple(self.loss_types),
             step=self.state.global_step,
@@ -246,8 +254,12 @@ class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-step; the last one of an optimiser step averages what DDP does not see."""
+        if self._stepped:  # transformers clears the gradients of its model only
+            for module in self.modules_of_methods.values():
+                module.zero_grad()
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
+        self._stepped = self.accelerator.sync_gradients
+        if self._stepped:
             if self.accelerator.num_processes > 1:
                 self._average_gradients()
             for method in self._active:
