@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -195,6 +195,92 @@ def distinct_n(completions: Iterable[Sequence[int]], n: int) -> float | None:
             seen.add(tuple(tokens[start : start + n]))
             total += 1
     return len(seen) / total if total else None
+
+
+def self_bleu(completions: Sequence[Sequence[int]], order: int = 4) -> float | None:
+    """Return self-BLEU (arXiv 1802.01886): mean BLEU of each completion with the others as references.
+
+    BLEU is the geometric mean of the clipped n-gram precisions up to ``order`` times the brevity penalty
+    against the reference of the closest length (the shorter of two); a precision without a match counts 0.1
+    matches, of at least one n-gram, so that short texts have a value.
+
+    Args:
+        completions: Token ids of each completion, without padding.
+        order: Longest n-gram.
+
+    Returns:
+        A number in [0, 1], 1 when all are the same, or None with fewer than two completions.
+    """
+    if len(completions) < 2:
+        return None
+    grams = [[_grams(tokens, n) for n in range(1, order + 1)] for tokens in completions]
+    total = 0.0
+    for index, tokens in enumerate(completions):
+        if len(tokens) == 0:
+            continue
+        logs = 0.0
+        for n in range(order):
+            own = grams[index][n]
+            most: Counter[tuple[int, ...]] = Counter()
+            for other, of_other in enumerate(grams):
+                if other != index:
+                    most |= of_other[n]
+            matches = sum(min(count, most[gram]) for gram, count in own.items())
+            logs += math.log((matches or 0.1) / max(sum(own.values()), 1))
+        lengths = [len(other) for place, other in enumerate(completions) if place != index]
+        closest = min(lengths, key=lambda length: (abs(length - len(tokens)), length))
+        penalty = min(0.0, 1 - closest / len(tokens))
+        total += math.exp(logs / order + penalty)
+    return total / len(completions)
+
+
+def _grams(tokens: Sequence[int], n: int) -> Counter[tuple[int, ...]]:
+    return Counter(tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1))
+
+
+def calibration_error(margins: npt.NDArray[np.float64], bins: int = 10) -> float:
+    """Return the expected calibration error of pairwise preferences (Guo et al., arXiv 1706.04599, eq. 3).
+
+    A pair with margin m is predicted with confidence max(p, 1 - p), p = sigma(m); it is right when m > 0.
+    Bins of equal width cover [1/2, 1]. A margin of 0 is half right.
+
+    Args:
+        margins: (pairs,) reward of the better answer minus that of the worse.
+        bins: Number of bins.
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    right = np.where(margins == 0, 0.5, margins > 0)
+    place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    gaps = np.bincount(place, right - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / margins.size)
+
+
+def bootstrap_of(
+    statistic: Callable[[npt.NDArray[np.float64]], float],
+    values: npt.NDArray[np.float64],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Return a statistic that is no mean over problems, with its percentile bootstrap interval.
+
+    Args:
+        statistic: Of (problems,) values.
+        values: (problems,), all finite.
+        confidence: Level of the interval.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resampling.
+    """
+    value = statistic(values)
+    if values.size == 1:
+        return Estimate(value, None, None, 1, 0)
+    generator = np.random.default_rng(seed)
+    size = values.size
+    drawn = [statistic(values[generator.integers(0, size, size)]) for _ in range(resamples)]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high), size, 0)
 
 
 def bootstrap(

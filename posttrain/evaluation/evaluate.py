@@ -80,12 +80,12 @@ def evaluate(
     limit = config.max_new_tokens or max_new_tokens
     settings = config.model_dump(exclude={"before", "every"}) | {"max_new_tokens": limit}
     rows: list[dict[str, Any]] = [dict(row) for row in dataset]
-    rank, world = _world()
+    rank, world = rank_and_world()
     started = time.perf_counter()
     failure: Exception | None = None
     share: list[tuple[Problem, list[Completion]]] = []
     try:
-        share = _evaluate_share(
+        share = evaluate_share(
             model, tokenizer, rows, verify, config, limit, rank, world, progress and rank == 0
         )
     except Exception as error:  # reported to all ranks below, then raised
@@ -94,7 +94,7 @@ def evaluate(
         failure = error
     seconds = time.perf_counter() - started
     if world > 1:
-        share, seconds = _gather(share, seconds, failure, rank, world)
+        share, seconds = gather(share, seconds, failure, rank, world)
     share.sort(key=lambda item: item[0].index)
     completions = [completion.token_ids for _, group in share for completion in group]
     once = (group[:1] if config.temperature == 0 else group for _, group in share)
@@ -107,7 +107,7 @@ def evaluate(
     )
 
 
-def _evaluate_share(
+def evaluate_share(
     model: Any,
     tokenizer: Any,
     rows: list[dict[str, Any]],
@@ -185,13 +185,14 @@ def _plain(value: Any) -> Any:
         return str(value)
 
 
-def _world() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
+    """Return rank and number of ranks."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def _gather(
+def gather(
     share: list[tuple[Problem, list[Completion]]],
     seconds: float,
     failure: Exception | None,

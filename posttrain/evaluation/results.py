@@ -7,6 +7,7 @@ and back without loss, so a report or a later comparison needs no model.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -61,12 +62,14 @@ class Problem:
         prompt: Text or list of messages.
         gold: The row's ``answer`` column as JSON, or None without one.
         samples: In the order they were drawn.
+        values: Further metrics of this problem, by name; NaN where one cannot be counted.
     """
 
     index: int
     prompt: Any
     gold: Any
     samples: list[Sample]
+    values: dict[str, float] = field(default_factory=dict)
 
     @property
     def valid(self) -> list[Sample]:
@@ -85,13 +88,17 @@ class Problem:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python values for JSON, with the counts n and c spelled out."""
-        return {**asdict(self), "n": self.n, "c": self.c}
+        known = {name: None if math.isnan(value) else value for name, value in self.values.items()}
+        record = {**asdict(self), "n": self.n, "c": self.c, "values": known}
+        return record if known else {key: value for key, value in record.items() if key != "values"}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Problem:
         """Rebuild from :meth:`to_dict`."""
         samples = [Sample(**sample) for sample in data["samples"]]
-        return cls(data["index"], data["prompt"], data["gold"], samples)
+        known = data.get("values", {}).items()
+        values = {name: math.nan if value is None else value for name, value in known}
+        return cls(data["index"], data["prompt"], data["gold"], samples, values)
 
 
 @dataclass(frozen=True)
@@ -192,10 +199,12 @@ def metric_values(problems: Sequence[Problem], ks: Sequence[int]) -> dict[str, l
 
     Errors, timeouts and skipped rows are not samples: a problem with fewer than k valid samples has no
     pass@k and no maj@k, one without any has no coverage. Metrics that no problem has at all are absent,
-    except pass@k and coverage, whose absence would hide that the verifier never worked.
+    except pass@k and coverage, whose absence would hide that the verifier never worked; without any k there
+    is neither. The problems' own values come first.
     """
-    values: dict[str, list[float]] = {}
     nan = float("nan")
+    names = dict.fromkeys(name for problem in problems for name in problem.values)
+    values = {name: [problem.values.get(name, nan) for problem in problems] for name in names}
     answered = any(sample.answer is not None for problem in problems for sample in problem.samples)
     for k in ks:
         values[f"pass@{k}"] = [pass_at_k(p.n, p.c, k) if p.n >= k else nan for p in problems]
@@ -204,11 +213,14 @@ def metric_values(problems: Sequence[Problem], ks: Sequence[int]) -> dict[str, l
     scores = [[sample.score for sample in p.valid if sample.score is not None] for p in problems]
     if any(scores):
         values["score"] = [float(np.mean(known)) if known else nan for known in scores]
-    values["coverage"] = [float(p.c > 0) if p.n else nan for p in problems]
+    if ks:
+        values["coverage"] = [float(p.c > 0) if p.n else nan for p in problems]
     if answered:
         values["distinct_answers"] = [
             float(distinct_answers(sample.answer for sample in p.valid)) if p.n else nan for p in problems
         ]
+    if not any(problem.samples for problem in problems):
+        return values
     values["length"] = [float(np.mean([sample.length for sample in p.samples])) for p in problems]
     values["clipped"] = [float(np.mean([not sample.finished for sample in p.samples])) for p in problems]
     return values
@@ -224,11 +236,12 @@ def summarise(
 ) -> Evaluation:
     """Turn records into an :class:`Evaluation`; ``settings`` gives k, confidence, resamples and seed."""
     values = metric_values(problems, settings["k"])
+    lengths = [sample.length for problem in problems for sample in problem.samples]
     verdicts = Counter(sample.status for problem in problems for sample in problem.samples)
     return Evaluation(
         metrics={name: bootstrap(column, **_interval(settings)) for name, column in values.items()},
         distinct=distinct,
-        median_length=float(median(sample.length for problem in problems for sample in problem.samples)),
+        median_length=float(median(lengths)) if lengths else 0.0,
         verdicts={status: verdicts[status] for status in STATUSES},
         problems=problems,
         settings=settings,
@@ -253,7 +266,7 @@ def compare(before: Evaluation, after: Evaluation) -> Difference:
             "data set and seed"
         )
     ks = [k for k in after.settings["k"] if k in before.settings["k"]]
-    if not ks:
+    if not ks and (before.settings["k"] or after.settings["k"]):
         raise ValueError(
             f"the evaluations share no k: before has {before.settings['k']}, after has {after.settings['k']}"
         )

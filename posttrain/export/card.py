@@ -29,7 +29,7 @@ class CardData(TypedDict, total=False):
 
     Attributes:
         title: Heading; the folder's name when absent.
-        task: ``sft``, ``rlvr`` or ``ttrl``.
+        task: A key of :data:`posttrain.config.tasks.TASKS`.
         base_model: What training started from, as the configuration names it.
         license: SPDX id; that of a local base's card when absent.
         methods: Parameters of each method, by name.
@@ -82,21 +82,22 @@ def write_card(folder: Path, card: CardData, result: ExportResult, *, prompt: st
     """
     metadata = _metadata(card, result)
     title = card.get("title") or Path(result.folder).name
+    code = loading_code(result, prompt, scores=card.get("task") == "reward")
     sections = [
         f"# {title}\n\n{_summary(card, result)}",
         _methods(_named(card)),
         _data(card.get("data") or {}),
         _metrics(card.get("evaluation") or {}),
-        f"## How to load\n\n{_loading_text(result)}\n\n```python\n{loading_code(result, prompt)}\n```",
+        f"## How to load\n\n{_loading_text(result)}\n\n```python\n{code}\n```",
         _repeat(card),
     ]
     body = "\n\n".join(section for section in sections if section)
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
 
 
-def loading_code(result: ExportResult, prompt: str | None = None) -> str:
+def loading_code(result: ExportResult, prompt: str | None = None, *, scores: bool = False) -> str:
     """Return Python that loads the export, with transformers and PEFT alone unless it is a delta, and
-    generates from ``prompt``."""
+    generates from ``prompt``, or scores it with a reward model."""
     short = prompt if prompt and len(prompt) <= 200 else "Once upon a time"
     if result.format == "delta":
         imports = "from posttrain import load_delta\nfrom transformers import AutoTokenizer"
@@ -109,6 +110,18 @@ def loading_code(result: ExportResult, prompt: str | None = None) -> str:
     else:
         imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
         load = "model = AutoModelForCausalLM.from_pretrained(folder)"
+    if scores:
+        kind = "AutoModelForSequenceClassification"
+        imports = imports.replace("AutoModelForCausalLM", kind)
+        load = load.replace("AutoModelForCausalLM", kind).replace(")\nmodel", ", num_labels=1)\nmodel")
+        return f"""{imports}
+
+{HERE}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+{load}
+text = {json.dumps(short, ensure_ascii=False)} + " An answer." + tokenizer.eos_token
+inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+print(model(**inputs).logits.item())"""
     return f"""{imports}
 
 {HERE}
@@ -144,7 +157,7 @@ def _metadata(card: CardData, result: ExportResult) -> ModelCardData:
         base_model=bases[0] if bases else None,
         library_name={"adapter": "peft", "delta": "posttrain"}.get(result.format, "transformers"),
         license=card.get("license") or _license_of(result.base or card.get("base_model")),
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if card.get("task") == "reward" else "text-generation",
         datasets=[source] if is_hub_id(source) else None,
         tags=["trl", "posttrain", *([card["task"]] if "task" in card else []), *_named(card)],
     )
@@ -174,6 +187,8 @@ def _summary(card: CardData, result: ExportResult) -> str:
         "sft": " by supervised fine-tuning",
         "rlvr": " by reinforcement learning from verifiable rewards",
         "ttrl": " by reinforcement learning from majority votes, without labels",
+        "preference": " by preference optimisation",
+        "reward": " as a reward model, on preferences",
     }
     check = result.comparison
     return (

@@ -23,11 +23,19 @@ MAIN = {
     "kl": "KL divergence from the reference (nats)",
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",
+    "rewards/accuracies": "Preference accuracy",
+    "rewards/margins": "Reward margin, chosen minus rejected",
+    "logps/chosen": "Log-likelihood of chosen answers (nats)",
+    "logps/rejected": "Log-likelihood of rejected answers (nats)",
+    "accuracy": "Preference accuracy",
+    "margin": "Reward margin, chosen minus rejected",
 }
 EXPECTED = {
     "rlvr": ("reward", "loss", "entropy", "completions/mean_length"),
     "ttrl": ("reward", "ttrl/majority_ratio", "loss", "entropy", "completions/mean_length"),
     "sft": ("loss", "mean_token_accuracy"),
+    "preference": ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"),
+    "reward": ("loss", "accuracy", "margin"),
 }
 UPSTREAM = frozenset({"completions", "clip_ratio", "sampling", "tools", "eval", "profiling", "train"})
 CLOCKS = frozenset({"epoch", "seconds"})

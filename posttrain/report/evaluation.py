@@ -17,6 +17,19 @@ TITLES = {
     "distinct_answers": "distinct answers per problem",
     "length": "mean length (tokens)",
     "clipped": "cut at the length limit",
+    "accuracy": "preference accuracy",
+    "margin": "reward margin, chosen minus rejected",
+    "chosen_shift": "log-likelihood of chosen answers against the start (nats)",
+    "rejected_shift": "log-likelihood of rejected answers against the start (nats)",
+    "kl": "KL from the start, per continuation (nats)",
+    "kl_per_token": "KL from the start, per token (nats)",
+    "kl_k3": "KL from the start, per continuation, k3 (nats)",
+    "kl_k3_per_token": "KL from the start, per token, k3 (nats)",
+    "win_rate": "win rate against the start",
+    "self_bleu": "self-BLEU within a prompt (1: all the same)",
+    "log_loss": "log-loss of the preference",
+    "brier": "Brier score of the preference",
+    "calibration_error": "calibration error (expected, ten bins)",
 }
 SHOWN_PROBLEMS = 12
 FAILED_SHARE = 0.01
@@ -88,6 +101,8 @@ def build(run: Run) -> View | None:
     passes = sorted((name for name in names if _k(name, "pass")), key=lambda name: _k(name, "pass"))
     if passes and passes[-1] != chosen:
         view.widest = named[passes[-1]]
+    elif chosen == "accuracy":
+        view.widest = named.get("win_rate") or named.get("log_loss")
     for name in dict.fromkeys(name for side in sides.values() for name in as_dict(side.get("distinct"))):
         first, second = (as_dict(as_dict(sides.get(side)).get("distinct")) for side in ("before", "after"))
         view.rows.append(
@@ -108,6 +123,8 @@ def build(run: Run) -> View | None:
     for name, side in sides.items():
         counts = _counts(side)
         total = sum(counts.values())
+        if total == counts.get("skipped", 0):
+            continue  # nothing was judged: a reward model writes nothing, or no reward is named
         shares = [(status, count, count / total if total else 0.0) for status, count in counts.items()]
         view.sides.append(Side(name, shares))
     if "difference" in run.evaluation:
@@ -164,8 +181,10 @@ def alarms(run: Run) -> list[str]:
 
 
 def _headline_name(metrics: dict[str, dict[str, Any]]) -> str:
-    """Return pass@(smallest k), or the score where nothing ever counts as solved."""
+    """Return pass@(smallest k), the score where nothing ever counts as solved, the accuracy on pairs."""
     names = list(dict.fromkeys(name for side in metrics.values() for name in side))
+    if "accuracy" in names:
+        return "accuracy"
     passes = sorted((name for name in names if _k(name, "pass")), key=lambda name: _k(name, "pass"))
     solved = any(_value({"metrics": side}, "coverage") > 0 for side in metrics.values())
     return "score" if "score" in names and not (solved and passes) else (passes[0] if passes else "score")

@@ -103,9 +103,8 @@ class ModelReward(Reward):
             prompts: Texts or lists of messages.
             completions: Texts or lists of messages.
         """
-        import torch
-
         from posttrain.data.pairs import encode_scored
+        from posttrain.evaluation.scoring import text_scores
 
         encoded = [
             encode_scored(self.tokenizer, prompt, completion)
@@ -113,18 +112,10 @@ class ModelReward(Reward):
         ]
         found: list[float | None] = [None] * len(encoded)
         fit = [index for index, ids in enumerate(encoded) if self.limit is None or len(ids) <= self.limit]
-        fit.sort(key=lambda index: -len(encoded[index]))  # rows of a batch have similar lengths
-        pad = self.tokenizer.pad_token_id
-        device = next(self.model.parameters()).device
-        for start in range(0, len(fit), self.params.batch_size):
-            rows = fit[start : start + self.params.batch_size]
-            width = max(len(encoded[index]) for index in rows)
-            ids = torch.tensor([encoded[i] + [pad] * (width - len(encoded[i])) for i in rows], device=device)
-            mask = torch.tensor([[j < len(encoded[i]) for j in range(width)] for i in rows], device=device)
-            with torch.no_grad():
-                output = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-            for index, value in zip(rows, output.logits[:, 0].float().tolist(), strict=True):
-                found[index] = value
+        texts, pad = [encoded[index] for index in fit], self.tokenizer.pad_token_id
+        scores = text_scores(self.model, texts, pad=pad, batch_size=self.params.batch_size)
+        for index, score in zip(fit, scores, strict=True):
+            found[index] = score
         return found
 
     def verify(self, completions: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:

@@ -30,7 +30,11 @@ _SHOWN = {
     "loss": "loss",
     "reward": "reward",
     "entropy": "entropy",
+    "rewards/accuracies": "preferences",
+    "rewards/margins": "margin",
     "mean_token_accuracy": "accuracy",
+    "accuracy": "preferences",
+    "margin": "margin",
     "completions/mean_length": "length",
 }
 

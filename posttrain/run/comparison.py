@@ -34,6 +34,10 @@ AT_END = {
     "frac_reward_zero_std": "groups with equal rewards (share)",
     "kl": "KL from the reference (nats)",
     "loss": "loss",
+    "rewards/accuracies": "preference accuracy on training pairs",
+    "rewards/margins": "reward margin on training pairs",
+    "accuracy": "preference accuracy on training pairs",
+    "margin": "reward margin on training pairs",
 }
 TOTALS = {
     "steps": "steps",

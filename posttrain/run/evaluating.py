@@ -2,44 +2,133 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
+from peft import PeftModel
+from trl import DPOConfig, RewardConfig
 
 from posttrain.config.schema import EvaluateConfig, RunConfig
+from posttrain.config.tasks import TASKS
+from posttrain.data.pairs import apply_pair_lengths
 from posttrain.evaluation.evaluate import evaluate
+from posttrain.evaluation.preference import Reference, evaluate_preferences, preference_settings
 from posttrain.evaluation.results import Evaluation
+from posttrain.evaluation.scoring import evaluate_scorer, scorer_settings
 from posttrain.rewards.reward import Reward, VerifierFailure
 from posttrain.run.directory import RunError
+from posttrain.run.starting import start_model
+
+CONTINUATION = 128
+"""Tokens of a continuation in the evaluation of a preference run, unless evaluate.max_new_tokens says."""
 
 
 def evaluation_settings(config: RunConfig) -> dict[str, Any]:
     """Return everything that defines the numbers of an evaluation, as :class:`Evaluation` records it."""
     settings = config.evaluate or EvaluateConfig()
+    if TASKS[config.task].scores:
+        return scorer_settings(settings)
+    if TASKS[config.task].pairs:
+        return preference_settings(settings, _limit(config), **_pairs(config))
     return settings.model_dump(exclude={"before", "every"}) | {"max_new_tokens": _limit(config)}
 
 
+def can_evaluate(config: RunConfig) -> bool:
+    """Return whether there is something to measure: pairs, or a reward that judges."""
+    return TASKS[config.task].pairs or bool(config.rewards)
+
+
 def evaluate_model(
-    config: RunConfig, model: Any, tokenizer: Any, rows: Dataset, reward: Reward, *, progress: bool = True
+    config: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    rows: Dataset,
+    reward: Reward | None,
+    *,
+    reference: Reference | None = None,
+    start: Evaluation | None = None,
+    progress: bool = True,
 ) -> Evaluation:
     """Evaluate ``model`` on rendered held-out rows, with bars on a terminal if ``progress``.
+
+    Args:
+        config: The run.
+        model: The model of its task.
+        tokenizer: Its tokenizer.
+        rows: Rendered held-out rows.
+        reward: What judges; may be None for tasks on pairs.
+        reference: The start of a preference run; None when ``model`` is the start.
+        start: The evaluation of that start, if there is one.
+        progress: Whether to show bars.
 
     Raises:
         VerifierFailure: The verifier failed on more completions than ``max_failures`` of the reward allows,
             so that the numbers would say nothing about the model.
     """
-    result = evaluate(
-        model.to(PartialState().device),
-        tokenizer,
-        rows,
-        reward.verify,
-        config.evaluate or EvaluateConfig(),
-        max_new_tokens=_limit(config),
-        progress=progress,
-    )
-    _refuse_failing(result, reward)
+    model, settings = model.to(PartialState().device), config.evaluate or EvaluateConfig()
+    if TASKS[config.task].scores:
+        return evaluate_scorer(model, tokenizer, rows, settings)
+    if TASKS[config.task].pairs:
+        result = evaluate_preferences(
+            model,
+            tokenizer,
+            rows,
+            settings,
+            reference=reference,
+            max_new_tokens=_limit(config),
+            verify=None if reward is None else reward.verify,
+            start=start,
+            progress=progress,
+            **_pairs(config),
+        )
+    else:
+        assert reward is not None
+        result = evaluate(
+            model, tokenizer, rows, reward.verify, settings, max_new_tokens=_limit(config), progress=progress
+        )
+    if reward is not None:
+        _refuse_failing(result, reward)
     return result
+
+
+def reference_of(config: RunConfig, model: Any = None) -> Reference:
+    """Return what gives the start of a preference run.
+
+    Args:
+        config: The run.
+        model: The trained model of this run, if its adapter can be switched off to get the start.
+    """
+
+    @contextlib.contextmanager
+    def give() -> Iterator[Any]:
+        if config.model.adapter is not None and isinstance(model, PeftModel):
+            with model.disable_adapter():
+                yield model
+            return
+        start, _ = start_model(config, int(config.trainer.get("seed", 42)))
+        yield start.to(PartialState().device)
+
+    return give
+
+
+def fitting_pairs(config: RunConfig, rows: Dataset, model: Any, tokenizer: Any) -> tuple[Dataset, str]:
+    """Return the rendered pairs that can be trained on, and the counts in words.
+
+    Raises:
+        posttrain.data.DataError: See :func:`posttrain.data.pairs.apply_pair_lengths`.
+    """
+    kind = RewardConfig if TASKS[config.task].scores else DPOConfig
+    return apply_pair_lengths(
+        rows,
+        tokenizer,
+        config.trainer.get("max_length", kind.max_length),
+        config.data.over_length,
+        whole=TASKS[config.task].scores,
+        context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    )
 
 
 def check_context(config: RunConfig, model: Any, longest: int) -> None:
@@ -53,6 +142,8 @@ def check_context(config: RunConfig, model: Any, longest: int) -> None:
     Raises:
         RunError: They do not fit together.
     """
+    if TASKS[config.task].scores:
+        return
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and longest + _limit(config) > context:
         raise RunError(
@@ -65,7 +156,16 @@ def check_context(config: RunConfig, model: Any, longest: int) -> None:
 
 def _limit(config: RunConfig) -> int:
     limit = config.evaluate.max_new_tokens if config.evaluate else None
-    return int(limit or config.trainer.get("max_completion_length") or 512)
+    default = CONTINUATION if TASKS[config.task].pairs else 512
+    return int(limit or config.trainer.get("max_completion_length") or default)
+
+
+def _pairs(config: RunConfig) -> dict[str, Any]:
+    """Return what the trainer of a preference run works with."""
+    return {
+        "beta": float(config.trainer.get("beta", DPOConfig.beta)),
+        "max_length": config.trainer.get("max_length", DPOConfig.max_length),
+    }
 
 
 def _refuse_failing(result: Evaluation, reward: Reward) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+HEADLINES = ("accuracy", "win_rate", "kl", "log_loss")
+"""What is shown of an evaluation on pairs."""
+
 
 @dataclass
 class RunResult:
@@ -41,7 +44,7 @@ class RunResult:
             shown = [
                 f"{metric} {interval(estimate, signed=key == 'difference')}"
                 for metric, estimate in metrics.items()
-                if metric.startswith("pass@")
+                if metric.startswith("pass@") or metric in HEADLINES
             ]
             if shown:
                 lines.append(f"{name:<8} {'  '.join(shown)}")

@@ -24,7 +24,6 @@ from posttrain.config.schema import RunConfig
 from posttrain.config.tasks import TASKS
 from posttrain.data.length import apply_length_policy
 from posttrain.data.load import LoadedData, load_data, load_warm_start
-from posttrain.data.pairs import apply_pair_lengths
 from posttrain.data.prompts import render
 from posttrain.evaluation.results import Evaluation, compare
 from posttrain.models.adapter import build_peft_config
@@ -33,7 +32,14 @@ from posttrain.report import write_report
 from posttrain.rewards.pool import VerifierStartError
 from posttrain.rewards.reward import Reward, build_rewards
 from posttrain.run.directory import RunDirectory, RunError, write_json, write_text
-from posttrain.run.evaluating import check_context, evaluate_model, evaluation_settings
+from posttrain.run.evaluating import (
+    can_evaluate,
+    check_context,
+    evaluate_model,
+    evaluation_settings,
+    fitting_pairs,
+    reference_of,
+)
 from posttrain.run.held_out import HeldOutEvaluation
 from posttrain.run.manifest import build_manifest
 from posttrain.run.publish import publish
@@ -124,10 +130,11 @@ class _Run:
             self.args, self.warm_args = self._arguments(rewards), self._warm_start_arguments()
             model, self.tokenizer = start_model(config, self.seed)
             self._peft_config(model)
-            self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            train_rows, _ = self._prepare("training", data.train)
-            held_out, longest = (None, 0) if data.eval is None else self._prepare("held-out", data.eval)
-            if config.evaluate is not None and config.rewards:
+            train_rows, _ = self._prepare("training", data.train, model)
+            held_out, longest = (None, 0)
+            if data.eval is not None:
+                held_out, longest = self._prepare("held-out", data.eval, model)
+            if config.evaluate is not None and can_evaluate(config):
                 check_context(config, model, longest)
             if config.s3ft is not None:
                 check_columns(train_rows.column_names)
@@ -137,7 +144,7 @@ class _Run:
                 job = Rewriting(config.s3ft, model, self.tokenizer, rewards[0], self.run.s3ft, self.ranks)
                 train_rows = job.carry_out(train_rows)
             before = self._evaluated("before", 0, model, held_out, rewards)
-            trainer = self._trainer(model, train_rows, held_out, rewards)
+            trainer = self._trainer(model, train_rows, held_out, rewards, before)
             self._train(trainer)
             steps = trainer.state.global_step
             if trainer.selection is not None:
@@ -145,7 +152,7 @@ class _Run:
                 self.on_main(lambda: last.save(self.run.selection))
                 trainer.end_selection()
             trained = trainer.accelerator.unwrap_model(trainer.model)
-            after = self._evaluated("after", steps, trained, held_out, rewards)
+            after = self._evaluated("after", steps, trained, held_out, rewards, start=before)
         finally:
             for reward in rewards:
                 reward.close()
@@ -198,7 +205,7 @@ class _Run:
         except ValueError as error:
             raise RunError(f"model.{error}") from error
 
-    def _prepare(self, name: str, rows: Dataset) -> tuple[Dataset, int]:
+    def _prepare(self, name: str, rows: Dataset, model: Any) -> tuple[Dataset, int]:
         """Turn rows into prompts for this tokenizer and apply the length policy; also return the longest."""
         config = self.config.data
         rows = render(rows, self.tokenizer, config)
@@ -210,16 +217,8 @@ class _Run:
             f"{name}: {lengths.kept} rows, {lengths.column} length median {lengths.percentiles[50]}, "
             f"longest {lengths.longest} tokens{left_out}"
         )
-        spec = TASKS[self.config.task]
-        if spec.pairs:
-            rows, counts = apply_pair_lengths(
-                rows,
-                self.tokenizer,
-                self.args.max_length,
-                config.over_length,
-                whole=spec.scores,
-                context=self.context,
-            )
+        if TASKS[self.config.task].pairs:
+            rows, counts = fitting_pairs(self.config, rows, model, self.tokenizer)
             self.say(f"{name}: {counts}")
         return rows, lengths.longest if lengths.column == "prompt" else 0
 
@@ -251,7 +250,7 @@ class _Run:
         if warm is None or self.warm_args is None:
             return model
         if not run.model.exists():
-            rows, _ = self._prepare("warm start", load_warm_start(data, warm.size))
+            rows, _ = self._prepare("warm start", load_warm_start(data, warm.size), model)
             trainer = sft_trainer(run, self.warm_args, model, self.tokenizer, rows, title="warm start")
             run_training(trainer, newest_checkpoint(run.checkpoints) if self.resume else None)
             self._keep_model(trainer, run.model)
@@ -272,11 +271,18 @@ class _Run:
 
         self.on_main(keep)
 
-    def _trainer(self, model: Any, rows: Dataset, held_out: Dataset | None, rewards: Sequence[Reward]) -> Any:
+    def _trainer(
+        self,
+        model: Any,
+        rows: Dataset,
+        held_out: Dataset | None,
+        rewards: Sequence[Reward],
+        start: Evaluation | None,
+    ) -> Any:
         options = {
             "held_out": held_out,
             "peft_config": self._peft_config(model),
-            "watchers": self._watchers(held_out, rewards),
+            "watchers": self._watchers(held_out, rewards, start),
         }
         try:
             options["selection"] = build_selection(self.config.selection)
@@ -310,19 +316,29 @@ class _Run:
         )
         self.on_main(lambda: plan.save(self.run.selection))
 
-    def _watchers(self, rows: Dataset | None, rewards: Sequence[Reward]) -> list[TrainerCallback]:
+    def _watchers(
+        self, rows: Dataset | None, rewards: Sequence[Reward], start: Evaluation | None
+    ) -> list[TrainerCallback]:
         """Return what evaluates on the held-out rows during training, if the configuration asks for it."""
         settings = self.config.evaluate
-        if settings is None or settings.every is None or rows is None or not rewards:
+        if settings is None or settings.every is None or rows is None or not can_evaluate(self.config):
             return []
-        return [
-            HeldOutEvaluation(
-                settings.every,
-                lambda model: evaluate_model(
-                    self.config, model, self.tokenizer, rows, rewards[0], progress=False
-                ),
+        judge = next(iter(rewards), None)
+
+        def measure(model: Any) -> Evaluation:
+            reference = reference_of(self.config, model)
+            return evaluate_model(
+                self.config,
+                model,
+                self.tokenizer,
+                rows,
+                judge,
+                reference=reference,
+                start=start,
+                progress=False,
             )
-        ]
+
+        return [HeldOutEvaluation(settings.every, measure)]
 
     def _train(self, trainer: Any) -> None:
         checkpoint = newest_checkpoint(self.run.checkpoints) if self.resume else None
@@ -336,17 +352,36 @@ class _Run:
             self._keep_model(trainer, self.run.finished_model)
 
     def _evaluated(
-        self, when: str, steps: int, model: Any, rows: Dataset | None, rewards: Sequence[Reward]
+        self,
+        when: str,
+        steps: int,
+        model: Any,
+        rows: Dataset | None,
+        rewards: Sequence[Reward],
+        *,
+        start: Evaluation | None = None,
     ) -> Evaluation | None:
         """Evaluate on the held-out rows; the first reward decides what is correct."""
         settings = self.config.evaluate
-        if settings is None or rows is None or not rewards or (when == "before" and not settings.before):
+        if settings is None or rows is None or not can_evaluate(self.config):
+            return None
+        if when == "before" and not settings.before:
             return None
         done = self._stored(when, steps)
         if done is not None:
             return done
-        self.say(f"evaluating {when} training: {len(rows)} problems x {settings.samples} samples")
-        result = evaluate_model(self.config, model, self.tokenizer, rows, rewards[0])
+        what = f"{len(rows)} {'pairs' if TASKS[self.config.task].pairs else 'problems'}"
+        what += "" if TASKS[self.config.task].scores else f" x {settings.samples} samples"
+        self.say(f"evaluating {when} training: {what}")
+        result = evaluate_model(
+            self.config,
+            model,
+            self.tokenizer,
+            rows,
+            next(iter(rewards), None),
+            reference=None if when == "before" else reference_of(self.config, model),
+            start=start,
+        )
 
         def store() -> None:
             stored = self._read_evaluation()

@@ -12,15 +12,23 @@ from accelerate import PartialState
 
 from posttrain.checkpointing.resume import newest_checkpoint
 from posttrain.config.schema import ExportConfig, RunConfig
+from posttrain.config.tasks import TASKS
 from posttrain.data.length import apply_length_policy
 from posttrain.data.load import load_data
 from posttrain.data.prompts import render
 from posttrain.evaluation.results import Evaluation
 from posttrain.models.load import load_for_evaluation
+from posttrain.models.scoring import load_scorer
 from posttrain.rewards.pool import VerifierStartError
 from posttrain.rewards.reward import build_rewards
 from posttrain.run.directory import RunDirectory, RunError, write_json
-from posttrain.run.evaluating import check_context, evaluate_model
+from posttrain.run.evaluating import (
+    can_evaluate,
+    check_context,
+    evaluate_model,
+    fitting_pairs,
+    reference_of,
+)
 from posttrain.run.publish import publish
 
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportConfig.model_fields["format"].annotation)
@@ -98,7 +106,7 @@ def evaluate_path(path: str, config: RunConfig, *, out: Path | None = None) -> E
     Raises:
         RunError: The configuration has no rewards to judge with, or they do not fit the data.
     """
-    if not config.rewards:
+    if not can_evaluate(config):
         raise RunError("an evaluation needs a verifier: add rewards, for example rewards=[verifier]")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -106,19 +114,23 @@ def evaluate_path(path: str, config: RunConfig, *, out: Path | None = None) -> E
     data = load_data(config.data, config.task)
     assert data.eval is not None
     folder = model_of(path)
-    model, tokenizer = load_for_evaluation(
+    load = load_scorer if TASKS[config.task].scores else load_for_evaluation
+    model, tokenizer = load(
         folder, config.model.dtype, base=base_of(folder), trust_remote_code=config.model.trust_remote_code
     )
     rows = render(data.eval, tokenizer, config.data)
     limits = (config.data.max_prompt_tokens, config.data.over_length)
     rows, lengths = apply_length_policy(rows, tokenizer, *limits)
     check_context(config, model, lengths.longest)
+    if TASKS[config.task].pairs:
+        rows = fitting_pairs(config, rows, model, tokenizer)[0]
     try:
         rewards = build_rewards(config.rewards[:1], data)
     except (ValueError, VerifierStartError) as error:
         raise RunError(str(error)) from error
     try:
-        result = evaluate_model(config, model, tokenizer, rows, rewards[0])
+        judge = next(iter(rewards), None)
+        result = evaluate_model(config, model, tokenizer, rows, judge, reference=reference_of(config))
     finally:
         for reward in rewards:
             reward.close()
@@ -161,9 +173,12 @@ def export_path(
     if run is not None:
         config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
         remote, dtype = bool(config["model"]["trust_remote_code"]), config["model"]["dtype"]
-    model, tokenizer = load_for_evaluation(
+    load: Any = load_for_evaluation
+    if run is not None and TASKS[config["task"]].scores:
+        load = load_scorer
+    model, tokenizer = load(
         folder,
-        dtype,  # type: ignore[arg-type]
+        dtype,
         base=base_of(folder),
         trust_remote_code=remote,
     )

@@ -104,3 +104,64 @@ def test_a_reward_run_is_a_reward_of_another_run(job, tmp_path):
     rows = [row for row in json_lines(run / "metrics.jsonl") if "loss" in row]
     assert all(row["reward_std"] > 0 and row["verifier/model/error"] == 0 for row in rows)
     assert json_lines(run / "completions.jsonl")[0]["rewards"]["model"] is not None
+
+
+SCORED = {
+    "rewards": [{"word_list": {"params": {"positive": ["e"], "negative": ["x"], "bound": 9}}}],
+    "evaluate": {"samples": 2, "max_new_tokens": 4, "resamples": 100, "every": 2},
+}
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["whole", "lora"])
+def test_a_preference_run_is_evaluated_against_its_start(job, adapter):
+    run, result = job("preference", SCORED, adapter, {"trainer": {"beta": 0.5, "learning_rate": 3e-3}})
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    before, after = (evaluation[side]["metrics"] for side in ("before", "after"))
+    assert (before["accuracy"]["value"], before["win_rate"]["value"], before["kl"]["value"]) == (
+        0.5,
+        0.5,
+        0.0,
+    )
+    assert after["accuracy"]["value"] > 0.5
+    assert after["margin"]["value"] == pytest.approx(
+        0.5 * (after["chosen_shift"]["value"] - after["rejected_shift"]["value"])
+    )
+    assert after["kl_k3"]["value"] > 0
+    assert {"score", "length", "clipped", "self_bleu", "prompt_distinct-1"} <= after.keys()
+    assert evaluation["difference"]["metrics"]["accuracy"]["low"] is not None
+    rows = json_lines(run / "metrics.jsonl")
+    assert [row["step"] for row in rows if "held_out/accuracy" in row] == [2]
+    for shown in ("accuracy", "win_rate", "kl"):
+        assert f"{shown} " in result.stdout
+    # the verb gives the same numbers from the files alone
+    asked = json.loads(posttrain("eval", run / "export" if adapter else run, "--json").stdout)
+    same = {name: estimate for name, estimate in asked["metrics"].items() if name != "win_rate"}
+    assert same == {name: pytest.approx(after[name], abs=1e-5) for name in same}
+    page = (run / "report.html").read_text()
+    assert "Held-out preference accuracy went from 0.500 to" in page
+    card = (run / "export" / "README.md").read_text()
+    assert "by preference optimisation" in card
+    assert "| win_rate |" in card
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["whole", "lora"])
+def test_a_reward_run_is_evaluated_on_held_out_pairs(job, adapter, monkeypatch, capsys):
+    run, _ = job("reward", adapter, {"evaluate": {"resamples": 100}, "trainer": {"learning_rate": 3e-3}})
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert set(evaluation["after"]["metrics"]) == {
+        "accuracy",
+        "margin",
+        "log_loss",
+        "brier",
+        "calibration_error",
+    }
+    assert evaluation["difference"]["metrics"]["log_loss"]["value"] < 0
+    asked = json.loads(posttrain("eval", run / "export" if adapter else run, "--json").stdout)
+    assert asked["metrics"]["margin"] == pytest.approx(evaluation["after"]["metrics"]["margin"], abs=1e-5)
+    # what the card says to load it with does load it
+    card = (run / "export" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(run / "export")
+    exec(compile(code, "card", "exec"), {})
+    assert float(capsys.readouterr().out.splitlines()[-1]) != 0.0
