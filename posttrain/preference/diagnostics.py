@@ -27,7 +27,8 @@ f-divergence included. Means are over pairs, exact over ranks; in an evaluation 
 *Drastic drop* is a ``shift/rejected`` that runs away (``drop/ratio`` far above 1), *degradation* a
 ``grad_scale`` that dies with a ``shift/chosen`` below 0, *dispersion* a ``probe/logps_shift`` that rises or a
 ``probe/kl_forward`` that grows on answers nobody has compared. A falling chosen likelihood is no fault by
-itself: it can come with rising wins. ``posttrain.run.alarms`` has the limits at which a run speaks up.
+itself: it can come with rising wins. :mod:`posttrain.run.alarms` has the limits at which a run speaks up;
+with a trainer built in Python, ``callbacks=[Alarms()]`` warns in the log.
 
 Left out where they mean nothing: ``grad_scale`` and ``saturated`` for losses without one margin (``ipo``,
 ``nca_pair``, ``bco_pair``, ``sppo_hard``, ``apo_zero``, ``apo_down``, ``sft``) and under a method that

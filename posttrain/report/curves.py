@@ -14,6 +14,8 @@ from posttrain.report.load import Run
 MAIN = {
     "reward": "Reward",
     "loss": "Loss",
+    "rewards/accuracies": "Preference accuracy",
+    "rewards/margins": "Reward margin, chosen minus rejected",
     "mean_token_accuracy": "Token accuracy",
     "entropy": "Entropy (nats per token)",
     "completions/mean_length": "Completion length (tokens)",
@@ -23,10 +25,6 @@ MAIN = {
     "kl": "KL divergence from the reference (nats)",
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",
-    "rewards/accuracies": "Preference accuracy",
-    "rewards/margins": "Reward margin, chosen minus rejected",
-    "logps/chosen": "Log-likelihood of chosen answers (nats)",
-    "logps/rejected": "Log-likelihood of rejected answers (nats)",
     "accuracy": "Preference accuracy",
     "margin": "Reward margin, chosen minus rejected",
 }
@@ -34,9 +32,20 @@ EXPECTED = {
     "rlvr": ("reward", "loss", "entropy", "completions/mean_length"),
     "ttrl": ("reward", "ttrl/majority_ratio", "loss", "entropy", "completions/mean_length"),
     "sft": ("loss", "mean_token_accuracy"),
-    "preference": ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"),
+    "preference": ("loss", "rewards/accuracies", "rewards/margins"),
     "reward": ("loss", "accuracy", "margin"),
 }
+SIDES = {
+    "logps": "Log-likelihood of an answer (nats)",
+    "logps_per_token": "Log-likelihood (nats per token)",
+    "shift": "Log-ratio to the reference (nats)",
+    "rewards": "Implicit reward",
+    "logits": "Mean logit",
+}
+"""Numbers that are logged for chosen and rejected answers, drawn in one chart."""
+LIKELIHOODS = "Likelihoods of the pairs"
+PAIRS = frozenset({*SIDES, "drop", "grad_scale", "saturated", "suppression", "length", "overlap", "probe"})
+EVALUATION = "Evaluation, during training"
 UPSTREAM = frozenset({"completions", "clip_ratio", "sampling", "tools", "eval", "profiling", "train"})
 CLOCKS = frozenset({"epoch", "seconds"})
 
@@ -65,10 +74,12 @@ def build(runs: Sequence[Run]) -> list[Group]:
     keys = list(dict.fromkeys(key for run in runs for key in run.names()))
     methods = {name for run in runs for name in method_names(run)}
     grouped: dict[str, list[str]] = {"Training": [key for key in MAIN if key in keys]}
+    pairs = "rewards/margins" in keys
     for key in keys:
         if key in MAIN or key in CLOCKS:
             continue
-        grouped.setdefault(_heading(key, methods), []).append(key)
+        own = pairs and key.partition("/")[0] in PAIRS
+        grouped.setdefault(LIKELIHOODS if own else _heading(key, methods), []).append(key)
     order = sorted(grouped, key=lambda name: (name == OTHER, name.startswith("Method"), name != "Training"))
     groups = [_group(name, grouped[name], runs) for name in order]
     return [group for group in groups if group.figures or group.constants]
@@ -128,6 +139,8 @@ def start_and_end(run: Run, key: str) -> tuple[float, float] | None:
 
 def _heading(key: str, methods: set[str]) -> str:
     prefix, slash, _ = key.partition("/")
+    if prefix.startswith("eval_"):
+        return EVALUATION
     if prefix in ("rewards", "verifier"):
         return "Rewards and verifiers"
     if prefix == "held_out":
@@ -139,14 +152,35 @@ def _heading(key: str, methods: set[str]) -> str:
     return OTHER
 
 
+def _lines(key: str, runs: Sequence[Run], *, side: str = "") -> list[Line]:
+    """Return a line for every run that has logged a number, those of rejected answers dashed."""
+    lines = []
+    for style, run in enumerate(runs):
+        x, y = run.series(key)
+        if any(not math.isnan(value) for value in y):
+            lines.append(Line(f"{run.label} {side}".strip(), x, y, style=style, dashed=side == "rejected"))
+    return lines
+
+
+def _with_sides(group: Group, keys: list[str], runs: Sequence[Run]) -> list[str]:
+    """Draw what is known of both answers of a pair in one chart, and return the other keys."""
+    drawn = set()
+    for key in keys:
+        kind, _, side = key.partition("/")
+        other, title = f"{kind}/rejected", SIDES.get(kind.removeprefix("eval_"))
+        if side != "chosen" or other not in keys or title is None:
+            continue
+        lines = [*_lines(key, runs, side="chosen"), *_lines(other, runs, side="rejected")]
+        if lines:
+            group.figures.append(Figure(f"{title}: chosen, rejected dashed", line_chart(title, lines)))
+            drawn |= {key, other}
+    return [key for key in keys if key not in drawn]
+
+
 def _group(name: str, keys: list[str], runs: Sequence[Run]) -> Group:
     group = Group(name)
-    for key in keys:
-        lines = []
-        for style, run in enumerate(runs):
-            x, y = run.series(key)
-            if any(not math.isnan(value) for value in y):
-                lines.append(Line(run.label, x, y, style=style))
+    for key in _with_sides(group, keys, runs):
+        lines = _lines(key, runs)
         if not lines:
             continue
         values = {value for line in lines for value in line.y}

@@ -40,6 +40,15 @@ class Limits:
         logp_gap: Mean rollout/trainer log-probability gap, nats per token.
         logp_tail: Share of tokens whose probabilities differ by more than 10 % between rollout and trainer.
         held_out_drop: Fall of the held-out reward or pass@k from its best while the training reward rises.
+        chosen_fall: Fall of the likelihood of chosen answers below the reference, nats per token, at which a
+            growing margin counts as mere suppression of the rejected ones. A fall alone is no fault.
+        rejected_fall: The same of rejected answers, for the drastic drop,
+        drop_ratio: and how many times the shift of the chosen ones it has to be.
+        saturated: Share of pairs at which the loss has stopped pulling (sigma(-z) < 0.01).
+        declined: Share of pairs with both answers less likely than under the reference; only once the chosen
+            ones have fallen by half of ``chosen_fall``.
+        probe_rise: Rise of answers in no pair, nats an answer, while the chosen ones fall.
+        probe_kl: KL(ref || policy) on them, nats per token.
     """
 
     patience: int = 5
@@ -53,6 +62,13 @@ class Limits:
     logp_gap: float = 0.05
     logp_tail: float = 0.25
     held_out_drop: float = 0.05
+    chosen_fall: float = 0.1
+    rejected_fall: float = 0.5
+    drop_ratio: float = 5.0
+    saturated: float = 0.8
+    declined: float = 0.8
+    probe_rise: float = 2.0
+    probe_kl: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -115,8 +131,11 @@ def entropy_collapse(history: History, limits: Limits) -> tuple[str, str] | None
     start, now = history.start("entropy", limits.patience), history.now("entropy", limits.patience)
     if start is None or now is None or now >= max(limits.entropy_low * start, limits.entropy_floor):
         return None
+    found = f"entropy fell from {start:.3g} to {now:.3g} nats per token"
+    if _on_pairs(history):
+        return found, f"the policy is becoming deterministic on the pairs: {_GENTLER}"
     return (
-        f"entropy fell from {start:.3g} to {now:.3g} nats per token",
+        found,
         "exploration is over: lower the learning rate, raise epsilon_high (0.28), or switch on a method that "
         "keeps entropy (posttrain methods)",
     )
@@ -127,8 +146,11 @@ def entropy_blow_up(history: History, limits: Limits) -> tuple[str, str] | None:
     start, now = history.start("entropy", limits.patience), history.now("entropy", limits.patience)
     if start is None or now is None or now <= max(limits.entropy_high * start, start + 1.0):
         return None
+    found = f"entropy rose from {start:.3g} to {now:.3g} nats per token"
+    if _on_pairs(history):
+        return found, f"probability leaves the answers of the pairs: {_GENTLER}"
     return (
-        f"entropy rose from {start:.3g} to {now:.3g} nats per token",
+        found,
         "lower the learning rate, epsilon_high or the entropy bonus; look at the completions",
     )
 
@@ -232,6 +254,89 @@ def reward_without_gain(history: History, limits: Limits) -> tuple[str, str] | N
     )
 
 
+_GENTLER = (
+    "lower the learning rate or raise beta; keep chosen answers up with rpo (eta: 0.005, or 0.2 with "
+    "normalization: token_mean), or weaken the rejected side with flex_dpo (beta_rejected below beta)"
+)
+
+
+def _on_pairs(history: History) -> bool:
+    """Whether the run is one of preferences."""
+    return history.last("rewards/margins") is not None
+
+
+def _shift(history: History, side: str, limits: Limits) -> float | None:
+    """Return how far answers are from their likelihood under the reference now, in nats per token."""
+    names = (f"shift/{side}", f"logps/{side}", f"logps_per_token/{side}")
+    shift, whole, mean = (history.now(name, limits.patience) for name in names)
+    return None if shift is None or not whole or not mean else shift * mean / whole
+
+
+def suppression(history: History, limits: Limits) -> tuple[str, str] | None:
+    """The margin only grows because rejected answers fall faster than chosen ones."""
+    fall, name = _shift(history, "chosen", limits), "rewards/margins"
+    start, now = history.start(name, limits.patience), history.now(name, limits.patience)
+    if fall is None or start is None or now is None or now <= start or fall >= -limits.chosen_fall:
+        return None
+    return (
+        f"chosen answers became less likely than under the reference, by {-fall:.3g} nats per token, while "
+        f"the margin grew from {start:.3g} to {now:.3g}",
+        f"the loss only suppresses rejected answers. Unless wins rise all the same, {_GENTLER}",
+    )
+
+
+def drastic_drop(history: History, limits: Limits) -> tuple[str, str] | None:
+    """The likelihood of rejected answers collapses."""
+    chosen, rejected = (_shift(history, side, limits) for side in ("chosen", "rejected"))
+    if chosen is None or rejected is None or rejected >= -limits.rejected_fall:
+        return None
+    if -rejected <= limits.drop_ratio * abs(chosen):
+        return None
+    return (
+        f"rejected answers fell by {-rejected:.3g} nats per token, chosen ones moved by {chosen:.3g}",
+        f"freed probability goes to answers that no pair speaks about: {_GENTLER}",
+    )
+
+
+def saturation(history: History, limits: Limits) -> tuple[str, str] | None:
+    """The loss has stopped pulling at most pairs."""
+    now = history.now("saturated", limits.patience)
+    if now is None or now <= limits.saturated:
+        return None
+    return (
+        f"{now:.0%} of the pairs are told apart so clearly that the loss no longer pulls at them",
+        "stop here, train fewer epochs, add harder pairs, or lower beta, which asks for more; chosen answers "
+        "can still be learned with rpo",
+    )
+
+
+def both_declined(history: History, limits: Limits) -> tuple[str, str] | None:
+    """Most pairs have lost both answers."""
+    now, fall = history.now("shift/both_declined", limits.patience), _shift(history, "chosen", limits)
+    if now is None or fall is None or now <= limits.declined or fall >= -limits.chosen_fall / 2:
+        return None
+    return (
+        f"both answers of {now:.0%} of the pairs are less likely than under the reference, chosen ones by "
+        f"{-fall:.3g} nats per token",
+        f"probability leaves both: {_GENTLER}; pairs sampled from the model itself suffer less",
+    )
+
+
+def dispersion(history: History, limits: Limits) -> tuple[str, str] | None:
+    """Answers that no pair speaks about change, or become likelier while chosen ones fall."""
+    rise, kl = (history.now(f"probe/{name}", 1) for name in ("logps_shift", "kl_forward"))
+    chosen = history.now("shift/chosen", limits.patience)
+    if rise is not None and rise > limits.probe_rise and chosen is not None and chosen < 0:
+        found = (
+            f"answers in no pair became likelier by {rise:.3g} nats, while chosen ones fell by {-chosen:.3g}"
+        )
+    elif kl is not None and kl > limits.probe_kl:
+        found = f"on answers in no pair the policy is {kl:.3g} nats per token from the reference"
+    else:
+        return None
+    return found, f"the policy moves where nothing was compared: {_GENTLER}"
+
+
 RULES: dict[str, Rule] = {
     "entropy_collapse": entropy_collapse,
     "entropy_blow_up": entropy_blow_up,
@@ -241,6 +346,11 @@ RULES: dict[str, Rule] = {
     "failing_verifier": failing_verifier,
     "rollout_gap": rollout_gap,
     "reward_without_gain": reward_without_gain,
+    "suppression": suppression,
+    "drastic_drop": drastic_drop,
+    "saturation": saturation,
+    "both_declined": both_declined,
+    "dispersion": dispersion,
 }
 
 

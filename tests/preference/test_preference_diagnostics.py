@@ -1,6 +1,7 @@
 """The gauges of every preference run: against the loss itself, against numbers by hand, and over time."""
 
 import itertools
+import logging
 import math
 
 import pairs
@@ -11,6 +12,7 @@ from datasets import Dataset
 
 from posttrain.preference.diagnostics import common_prefix, pull, same_kind, trends
 from posttrain.preference.flex_dpo import FlexDPO
+from posttrain.run.alarms import Alarms, Limits
 
 
 def logged(folder, *, methods=(), count=1, data=None, **settings):
@@ -174,3 +176,19 @@ def test_answers_that_begin_at_different_places(tmp_path):
     for cut in ({}, {"max_length": 10, "truncation_mode": "keep_end"}):
         _, found, _, _ = logged(tmp_path, data=data, **cut)
         assert found["overlap/prefix"] == pytest.approx(3 / 6)
+
+
+def test_alarms_speak_up_without_a_run_directory(tmp_path, caplog):
+    """callbacks=[Alarms()] watches a trainer built in Python: here all pairs are soon told apart."""
+    run = pairs.trainer(
+        tmp_path,
+        callbacks=[Alarms(limits=Limits(patience=2))],
+        beta=5.0,
+        learning_rate=2e-2,
+        max_steps=8,
+    )
+    with caplog.at_level(logging.WARNING, logger="posttrain.run.alarms"):
+        run.train()
+    (said,) = [text for text in caplog.messages if text.startswith("saturation")]
+    assert "no longer pulls" in said
+    assert "lower beta" in said

@@ -1,6 +1,8 @@
 """Flex-DPO: golden numbers, the two strengths through TRL's losses and metrics, and what is refused."""
 
+import importlib.util
 import logging
+from pathlib import Path
 
 import pairs
 import pytest
@@ -177,3 +179,20 @@ def test_warns_of_the_larger_rejected_strength(tmp_path, caplog):
     assert "larger than beta=0.1" in caplog.text
     with pytest.raises(ValidationError):
         FlexDPO(beta_rejected=-0.1)
+
+
+def test_toy_experiment():
+    """On four prompts with ten answers DPO loses most to answers in no pair; the docstring has the output."""
+    path = Path(__file__).resolve().parents[2] / "scripts" / "preference_toy.py"
+    spec = importlib.util.spec_from_file_location("preference_toy", path)
+    toy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(toy)
+    masses = toy.means()
+    unseen = {name: mass[2] for name, mass in masses.items()}
+    assert unseen["DPO"] > unseen["Flex-DPO, beta_rejected 0.05"] + 0.1
+    assert unseen["DPO"] > unseen["DPO + 0.02 NLL"] + 0.1
+    for name, (chosen, rejected, rest) in masses.items():
+        assert chosen + rejected + rest == pytest.approx(1, abs=1e-5)
+        (line,) = (line for line in toy.__doc__.splitlines() if f"    {name:<30}" in line)
+        assert [chosen, rest] == pytest.approx([float(line.split()[place]) for place in (-3, -1)], abs=0.02)
+        assert name == "reference" or rejected < 1e-6

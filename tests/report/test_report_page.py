@@ -128,6 +128,51 @@ def test_every_logged_number_has_its_place(tmp_path: Path) -> None:
     assert "Before believing" not in found.text
 
 
+def preference_logs(fall: float) -> list[dict]:
+    return [
+        {
+            "step": step, "loss": 0.7, "rewards/accuracies": 0.5, "rewards/margins": step / 10,
+            "rewards/chosen": -step / 10, "rewards/rejected": -step / 5,
+            "logps/chosen": -50 - fall * step, "logps/rejected": -50 - 2 * fall * step,
+            "shift/chosen": -fall * step, "shift/rejected": -2 * fall * step, "shift/both_declined": step / 9,
+            "saturated": 0.0, "probe/kl_forward": step / 100, "eval_shift/chosen": -fall * step,
+            "eval_shift/rejected": -2 * fall * step, "eval_rewards/margins": step / 11, "rpo/nll": 50 + step,
+        }
+        for step in range(1, 9)
+    ]  # fmt: skip
+
+
+def test_both_answers_of_a_pair_share_a_chart(tmp_path: Path) -> None:
+    runs = []
+    for name, fall in (("a", 1.0), ("b", 0.5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("task: preference\nmethods: {rpo: {eta: 0.01}}\n")
+        lines = "".join(json.dumps(row) + "\n" for row in preference_logs(fall))
+        (tmp_path / name / "metrics.jsonl").write_text(lines)
+        runs.append(tmp_path / name)
+    found = page(runs[0])
+    labels = [value for value in found.values("aria-label") if ":" in value]
+    assert any(
+        label.startswith("Log-ratio to the reference (nats). a chosen: from −1 at step 1 to −8 at step 8")
+        and "a rejected: from −2 at step 1 to −16 at step 8" in label
+        for label in labels
+    )
+    for title in (
+        "Preference accuracy",
+        "Reward margin, chosen minus rejected",
+        "Log-likelihood of an answer (nats): chosen, rejected dashed",
+        "Likelihoods of the pairs",
+        "probe/kl_forward",
+        "Evaluation, during training",
+        "Method: rpo",
+    ):
+        assert title in found.text, title
+    for name in ("Method: shift", "Method: probe", "Rewards and verifiers"):
+        assert name not in found.text
+    both = page(runs).values("aria-label")
+    assert any("a chosen: " in label and "b rejected: from −1 " in label for label in both)
+
+
 def test_completions_are_spread_over_the_run_and_escaped(tmp_path: Path) -> None:
     found = page(make_run(tmp_path / "run"))
     assert HOSTILE in "".join(found.pieces)

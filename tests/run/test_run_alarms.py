@@ -17,6 +17,20 @@ HEALTHY = {
     "verifier/math/timeout": 0.0,
     "sampling/sampling_logp_difference/mean": 0.002,
 }
+# answers of 50 tokens, 1 nat each
+PAIRS = {
+    "rewards/margins": 0.2,
+    "logps/chosen": -50.0,
+    "logps_per_token/chosen": -1.0,
+    "logps/rejected": -50.0,
+    "logps_per_token/rejected": -1.0,
+    "shift/chosen": 1.0,
+    "shift/rejected": -1.0,
+    "shift/both_declined": 0.3,
+    "saturated": 0.0,
+    "probe/logps_shift": 0.0,
+    "probe/kl_forward": 0.01,
+}
 
 
 def raised(before, after, tmp_path=None):
@@ -37,6 +51,11 @@ CASES = {
     "failing_verifier": ({}, {"verifier/math/timeout": 0.2}),
     "rollout_gap": ({}, {"sampling/sampling_logp_difference/mean": 0.2}),
     "reward_without_gain": ({"eval_reward": 0.5}, {"reward": 0.9, "eval_reward": 0.3}),
+    "suppression": (PAIRS, PAIRS | {"shift/chosen": -6.0, "rewards/margins": 0.9}),
+    "drastic_drop": (PAIRS, PAIRS | {"shift/rejected": -40.0, "rewards/margins": 4.0}),
+    "saturation": (PAIRS, PAIRS | {"saturated": 0.95}),
+    "both_declined": (PAIRS, PAIRS | {"shift/both_declined": 0.9, "shift/chosen": -4.0}),
+    "dispersion": (PAIRS, PAIRS | {"probe/kl_forward": 0.8}),
 }
 
 
@@ -69,6 +88,28 @@ def test_narrowing_shows_in_pass_at_k_and_names_what_to_try():
     assert "ace" in found.advice
     assert raised(before, after | {"held_out/pass@16": 0.88}) == {}  # within the limit
     assert raised(before, after | {"reward": 0.5}) == {}  # no rise, no alarm
+
+
+def test_preference_alarms_need_both_halves_of_what_they_say():
+    falling = PAIRS | {"shift/chosen": -6.0}
+    assert raised(PAIRS, falling) == {}  # the margin did not grow
+    assert raised(PAIRS, PAIRS | {"rewards/margins": 0.9, "shift/chosen": -4.0}) == {}  # within the limit
+    assert (
+        raised(PAIRS, PAIRS | {"shift/rejected": -40.0, "shift/chosen": 20.0}) == {}
+    )  # chosen ones are learned
+    assert raised(PAIRS, PAIRS | {"shift/both_declined": 0.9}) == {}  # by next to nothing
+    assert raised(PAIRS, PAIRS | {"probe/logps_shift": 5.0}) == {}  # everything rises
+    found = raised(PAIRS, PAIRS | {"probe/logps_shift": 5.0, "shift/chosen": -1.0})
+    assert "likelier by 5 nats, while chosen ones fell by 1" in found["dispersion"].message
+    found = raised(PAIRS, falling | {"rewards/margins": 0.9})["suppression"]
+    assert "by 0.12 nats per token, while the margin grew from 0.2 to 0.9" in found.message
+    assert all(word in found.advice for word in ("rpo", "flex_dpo", "learning rate"))
+
+
+def test_entropy_of_a_preference_run_has_advice_of_its_own():
+    advice = raised(PAIRS, PAIRS | {"entropy": 0.01})["entropy_collapse"].advice
+    assert "rpo" in advice
+    assert "epsilon_high" not in advice
 
 
 def test_a_healthy_run_is_quiet():
