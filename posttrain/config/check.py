@@ -189,6 +189,8 @@ def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, Any]]:
             )[0]
         else:
             fix = "drop the section; the run itself is supervised"
+            if spec.pairs:
+                fix = "carry out a run of task: sft first, and name its export in model.path"
             problems.append(
                 Problem(f"task {config.task!r} takes no warm start", ("warm_start",), suggestion=fix)
             )
@@ -233,6 +235,8 @@ def _run_rules(config: RunConfig) -> Iterator[Problem]:
             found=0,
             suggestion="set a temperature above 0, or k: [1] and samples: 1",
         )
+    if TASKS[config.task].pairs and not TASKS[config.task].scores:
+        yield from _preference_rules(config)
     run_dir = Path(config.run_dir).expanduser()
     if run_dir.is_file():
         yield Problem(
@@ -240,6 +244,35 @@ def _run_rules(config: RunConfig) -> Iterator[Problem]:
             ("run_dir",),
             found=config.run_dir,
             needed="a folder, new or of a run to resume",
+        )
+
+
+def _preference_rules(config: RunConfig) -> Iterator[Problem]:
+    evaluate, adapter = config.evaluate, config.model.adapter
+    targets = adapter.target_modules if adapter is not None else ""
+    if evaluate is not None and evaluate.temperature > 0 and (evaluate.temperature, evaluate.top_p) != (1, 1):
+        name = "temperature" if evaluate.temperature != 1 else "top_p"
+        yield Problem(
+            "the KL spent can only be estimated on the model's own samples: it is left out",
+            ("evaluate", name),
+            "warning",
+            found=getattr(evaluate, name),
+            suggestion="set temperature: 1 and top_p: 1",
+        )
+    if len(config.rewards) > 1:
+        yield Problem(
+            "only the first reward judges continuations",
+            ("rewards", 1),
+            "warning",
+            found=config.rewards[1].name,
+            suggestion="drop the others",
+        )
+    if isinstance(targets, list) and "lm_head" in targets:
+        yield Problem(
+            "an adapter on lm_head would never be trained: TRL reads log-probabilities off its weight",
+            ("model", "adapter", "target_modules"),
+            found=targets,
+            suggestion="take lm_head out of the list",
         )
 
 

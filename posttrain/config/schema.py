@@ -149,7 +149,8 @@ class DataConfig(Section):
     )
     over_length: Literal["refuse", "filter"] = Field(
         default="refuse",
-        description="What to do with longer prompts: stop, or drop them and say how many. Never cut.",
+        description="What to do with longer prompts, and with pairs that trainer.max_length leaves no room "
+        "for: stop, or drop them and say how many. Prompts are never cut.",
     )
     label_noise: LabelNoiseConfig | None = Field(
         default=None, description="Exchange chosen and rejected in some training rows, to test robustness."

@@ -9,7 +9,7 @@ from typing import Any
 from posttrain.config.annotations import accepts
 from posttrain.config.problems import KeyPath, Problem, nearest
 from posttrain.config.tasks import TaskSpec
-from posttrain.config.trainer_fields import OWNED, RENAMED, trainer_fields
+from posttrain.config.trainer_fields import GONE, OWNED, RENAMED, trainer_fields
 from posttrain.config.trainer_ranges import Choices, needed, rule_for
 from posttrain.config.trainer_rules import rule_problems
 from posttrain.config.upstream import SourceField
@@ -93,6 +93,9 @@ def _field_problem(
 def _unknown(
     name: str, value: Any, fields: Mapping[str, SourceField], class_name: str, path: KeyPath
 ) -> Problem:
+    gone = GONE.get(class_name, {}).get(name)
+    if gone is not None:
+        return Problem(f"{class_name} has no field {name!r} any more", path, found=value, suggestion=gone)
     renamed = RENAMED.get(name, "")
     target = re.match(r"[\w.]*", renamed)
     word = target.group() if target else ""

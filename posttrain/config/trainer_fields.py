@@ -56,6 +56,29 @@ RENAMED = {
 """Other names of fields: older ones, and those of other toolkits."""
 
 
+GONE = {
+    "DPOConfig": {
+        "rpo_alpha": "write loss_type: [sigmoid, sft] and loss_weights: [1.0, RPO_ALPHA]",
+        "reference_free": "drop it: TRL's losses are all against a reference, and sigmoid_norm is the one "
+        "without length bias",
+        "max_completion_length": "use max_length, which counts prompt and answer together",
+        "max_target_length": "use max_length, which counts prompt and answer together",
+        "generate_during_eval": "drop it; the 'evaluate' section samples continuations",
+        "model_adapter_name": "drop it; 'model.adapter' makes one adapter",
+        "ref_adapter_name": "drop it; the reference is the model that the run starts from",
+        "force_use_ref_model": "drop it; the reference is the model that the run starts from",
+        "ref_model_init_kwargs": "drop it; the reference is the model that the run starts from",
+        "label_pad_token_id": "drop it; answers are masked without it",
+        "padding_value": "drop it; the tokenizer's pad token is used",
+        "is_encoder_decoder": "drop it; only decoders are trained",
+        "use_logits_to_keep": "drop it; logits are never kept",
+        "use_num_logits_to_keep": "drop it; logits are never kept",
+        "dataset_kwargs": "drop it",
+    },
+}
+"""Fields of earlier versions of TRL that have no other name now, with what to do instead."""
+
+
 @functools.cache
 def trainer_fields(spec: TaskSpec) -> dict[str, SourceField]:
     """Return the fields of a task's TRL configuration class by name, inherited ones first.

@@ -104,6 +104,11 @@ _SHARE = Range(low=0, high=1)
 _PORT = Range(low=1, high=65535)
 
 GRPO_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+DPO_LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
+    *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical")
 
@@ -180,6 +185,13 @@ _RULES: dict[str, Rule] = {
     "off_policy_mask_threshold": _ZERO_UP,
     "ref_model_mixup_alpha": _SHARE,
     "ref_model_sync_steps": _COUNT,
+    "precompute_ref_batch_size": _COUNT,
+    "ld_alpha": _SHARE,
+    "label_smoothing": Range(low=0, high=1, open_high=True),
+    "discopop_tau": _ABOVE_ZERO,
+    "f_alpha_divergence_coef": _ABOVE_ZERO,
+    "f_divergence_type": Choices(F_DIVERGENCES),
+    "center_rewards_coefficient": _ZERO_UP,
     "importance_sampling_level": Choices(("token", "sequence")),
     "multi_objective_aggregation": Choices(("sum_then_normalize", "normalize_then_sum")),
     "scale_rewards": Choices(("group", "batch", "none", True, False)),
@@ -212,6 +224,10 @@ def rule_for(field: SourceField, class_name: str) -> Rule | None:
     """Return the rule of a field, or None when every value of its type will do."""
     if field.name == "loss_type" and class_name == "GRPOConfig":
         return Choices(GRPO_LOSS_TYPES)
+    if class_name == "DPOConfig" and field.name == "loss_type":
+        return Choices(DPO_LOSS_TYPES, many=True)
+    if class_name == "DPOConfig" and field.name == "beta":
+        return Range(low=0, open_low=True, note="at 0 nothing is learned")
     if field.name in _RULES:
         return _RULES[field.name]
     if field.name in _ENUMS:

@@ -25,6 +25,9 @@ _TRACKERS = {
     "trackio": "trackio",
     "wandb": "wandb",
 }
+DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+"""Losses of the difference of two rewards, for which divergences other than the reverse KL are defined."""
+
 _MIN_LR_SCHEDULES = {"cosine_with_min_lr", "cosine_warmup_with_min_lr"}
 
 
@@ -58,6 +61,8 @@ def rule_problems(
     found = [*rules.common()]
     if spec.generates:
         found += [*rules.batch(), *rules.objective(adapter), *rules.generation()]
+    elif spec.pairs:
+        found += [] if spec.scores else rules.preference(adapter)
     else:
         found += rules.supervised()
     for problem in found:
@@ -320,6 +325,96 @@ class _Rules:
                 found=mode,
                 needed="one of token_truncate, token_mask",
                 fields=("loss_type",),
+            )
+
+    def preference(self, adapter: bool) -> Iterator[Problem]:
+        """TRL's own conditions, most of which it only states when the model is loaded."""
+        losses = self["loss_type"] if isinstance(self["loss_type"], list) else [self["loss_type"]]
+        if not losses:
+            yield self.problem("loss_type", "loss_type is an empty list", "leave it out for sigmoid")
+        twice = [name for name in dict.fromkeys(losses) if losses.count(name) > 1]
+        if twice:
+            yield self.problem("loss_type", f"loss_type has {twice[0]} twice", "add up its loss_weights")
+        weights = self["loss_weights"]
+        if weights is not None and len(weights) != len(losses):
+            yield self.problem(
+                "loss_weights",
+                f"loss_weights has {len(weights)} numbers for {len(losses)} of loss_type "
+                f"({', '.join(losses)})",
+                f"give {len(losses)}",
+                fields=("loss_type",),
+            )
+        smoothing, divergence = self["label_smoothing"], self["f_divergence_type"]
+        if "exo_pair" in losses and smoothing == 0:
+            yield self.problem(
+                "label_smoothing",
+                "loss_type exo_pair needs label_smoothing above 0, found 0",
+                "set label_smoothing: 0.001, the value of its paper",
+                fields=("loss_type",),
+            )
+        if "robust" in losses and smoothing >= 0.5:
+            yield self.problem(
+                "label_smoothing",
+                f"loss_type robust takes label_smoothing for the share of wrong labels, found {smoothing:g}",
+                "set it below 0.5, for example 0.1",
+                needed="at least 0 and below 0.5",
+            )
+        if smoothing and not {"exo_pair", "robust", "aot", "aot_unpaired"} & set(losses):
+            yield self.problem(
+                "label_smoothing",
+                f"label_smoothing does nothing with loss_type {', '.join(losses)}",
+                "set loss_type: robust, or drop it",
+                warn=True,
+            )
+        wrong = [name for name in losses if name not in DIVERGENCE_LOSSES]
+        if divergence != "reverse_kl" and wrong:
+            yield self.problem(
+                "f_divergence_type",
+                f"f_divergence_type {divergence} is not defined for loss_type {', '.join(wrong)}",
+                f"use f_divergence_type: reverse_kl, or one of {', '.join(DIVERGENCE_LOSSES)}",
+                fields=("loss_type",),
+            )
+        for name, needs, on in (
+            (
+                "f_alpha_divergence_coef",
+                "f_divergence_type: alpha_divergence",
+                divergence == "alpha_divergence",
+            ),
+            ("discopop_tau", "loss_type: discopop", "discopop" in losses),
+            ("ref_model_mixup_alpha", "sync_ref_model: true", self["sync_ref_model"]),
+            ("ref_model_sync_steps", "sync_ref_model: true", self["sync_ref_model"]),
+            ("precompute_ref_batch_size", "precompute_ref_log_probs: true", self["precompute_ref_log_probs"]),
+        ):
+            if name in self.written and not on:
+                yield self.problem(
+                    name, f"{name} does nothing without {needs}", f"set {needs}, or drop it", warn=True
+                )
+        if self["use_weighting"] and {"aot", "aot_unpaired"} & set(losses):
+            yield self.problem(
+                "use_weighting",
+                "use_weighting weighs pairs, and loss_type aot sorts them apart",
+                "set use_weighting: false, or another loss_type",
+                fields=("loss_type",),
+            )
+        if self["sync_ref_model"] and self["precompute_ref_log_probs"]:
+            yield self.problem(
+                "precompute_ref_log_probs",
+                "precompute_ref_log_probs keeps the numbers of one reference, and sync_ref_model moves it",
+                "set one of them to false",
+                fields=("sync_ref_model",),
+            )
+        if self["sync_ref_model"] and adapter:
+            yield self.problem(
+                "sync_ref_model",
+                "sync_ref_model=true does not go with model.adapter: the reference is the bare base model",
+                "set sync_ref_model: false, or train all weights",
+            )
+        if self["padding_free"]:
+            yield self.problem(
+                "padding_free",
+                "padding_free is switched off in this version of TRL's DPOTrainer: batches are padded",
+                "set padding_free: false",
+                warn=True,
             )
 
     def supervised(self) -> Iterator[Problem]:
