@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from posttrain.rl.method import Conflict, Setup
@@ -44,3 +46,13 @@ def vet(methods: Sequence[Any], base: type, setup: Setup, *, example: str) -> li
     for conflict in conflicts:
         logger.warning(conflict.message)
     return conflicts
+
+
+def write_reports(methods: Sequence[Any], folder: str | None) -> None:
+    """Write what each method reports at the end of training to ``FOLDER/NAME.json``."""
+    for method in methods:
+        report = method.report()
+        if report is not None:
+            path = Path(folder or ".") / f"{method.name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(report), encoding="utf-8")

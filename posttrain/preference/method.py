@@ -145,6 +145,15 @@ class Method(BaseModel):
         """Whether the method reads :attr:`Batch.ids`."""
         return False
 
+    def number_rows(self, count: int, fingerprint: str) -> None:
+        """Learn how many training rows there are, before :meth:`start`; for a method that wants ids.
+
+        Args:
+            count: One more than the largest of :attr:`Batch.ids`.
+            fingerprint: SHA-256 of the rows as the trainer was given them.
+        """
+        del count, fingerprint
+
     def conflicts(self, setup: Setup) -> Iterator[Conflict]:
         """Yield what in ``setup`` does not go with this method. Called before anything is loaded."""
         trainer = setup.trainer
@@ -237,6 +246,10 @@ class Method(BaseModel):
 
     def optimizer_step(self) -> None:
         """Act once per optimiser step, the same on every rank."""
+
+    def report(self) -> dict[str, Any] | None:
+        """Return what to write to ``OUTPUT_DIR/NAME.json`` when training ends, or None."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has to be saved to resume exactly: numbers, strings, tensors and containers of them."""

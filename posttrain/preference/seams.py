@@ -20,10 +20,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from posttrain.adapters.reference import REFERENCE, InitialPolicy
+from posttrain.columns import ID
 from posttrain.preference.kl import forward_with_kl
-
-#: Column of the training data with the place of a row, see ``Batch.ids``.
-ID = "posttrain_id"
 
 
 class PairSeams(InitialPolicy, TRLDPOTrainer):

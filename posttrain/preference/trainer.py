@@ -16,17 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
-from datasets import Dataset
 from peft import PeftModel
 from trl import DPOConfig
 from trl import DPOTrainer as TRLDPOTrainer
 
-from posttrain.columns import WithColumns
+from posttrain.columns import ID, WithColumns, number_rows
 from posttrain.guards import FiniteGuard
-from posttrain.methods import vet
+from posttrain.methods import vet, write_reports
 from posttrain.preference import diagnostics
 from posttrain.preference.method import Batch, Method
-from posttrain.preference.seams import ID, PairSeams
+from posttrain.preference.seams import PairSeams
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import Setup
 from posttrain.selection.trainer import SelectionMixin
@@ -102,14 +101,12 @@ class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str
     ) -> Any:
-        if self._numbered and dataset_name == "train" and ID not in (dataset.column_names or ()):
-            if not isinstance(dataset, Dataset):
-                names = ", ".join(method.name for method in self._active if method.wants_ids)
-                raise ValueError(
-                    f"{names} keeps a number for every training pair, which a stream does not have: load the "
-                    "data set in full"
-                )
-            dataset = dataset.add_column(ID, list(range(len(dataset))))
+        if self._numbered and dataset_name == "train":
+            counting = [method for method in self._active if method.wants_ids]
+            names = ", ".join(method.name for method in counting)
+            dataset, count, fingerprint = number_rows(dataset, names)
+            for method in counting:
+                method.number_rows(count, fingerprint)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -265,6 +262,13 @@ class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
             for method in self._active:
                 method.optimizer_step()
         return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; at the end write down what methods report."""
+        result = super().train(*args, **kwargs)
+        if self.args.should_save:
+            write_reports(self._active, self.args.output_dir)
+        return result
 
     def _average_gradients(self) -> None:
         for module in self.modules_of_methods.values():

@@ -109,6 +109,11 @@ class Method(BaseModel):
         return False
 
     @property
+    def wants_ids(self) -> bool:
+        """Whether the method reads the place of each row in the data, the column ``posttrain_id``."""
+        return False
+
+    @property
     def wants_another(self) -> bool:
         """Whether the method draws micro-batches of its own (:attr:`MicroStep.another`)."""
         return False
@@ -117,6 +122,15 @@ class Method(BaseModel):
         """Yield what in ``setup`` does not go with this method. Called before anything is loaded."""
         del setup
         return iter(())
+
+    def number_rows(self, count: int, fingerprint: str) -> None:
+        """Learn how many training rows there are, before :meth:`start`; for a method that wants ids.
+
+        Args:
+            count: One more than the largest id.
+            fingerprint: SHA-256 of the rows as the trainer was given them.
+        """
+        del count, fingerprint
 
     def counts(self, inputs: Mapping[str, Any], columns: Mapping[str, torch.Tensor]) -> Sequence[float]:
         """Return numbers of one micro-batch, as many in each, to be summed; see :attr:`MicroStep.totals`."""
@@ -190,3 +204,18 @@ class Method(BaseModel):
         """
         del step, seen
         return None
+
+    def optimizer_step(self) -> None:
+        """Act once per optimiser step, the same on every rank."""
+
+    def report(self) -> dict[str, Any] | None:
+        """Return what to write to ``OUTPUT_DIR/NAME.json`` when training ends, or None."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has to be saved to resume exactly: numbers, strings, tensors and containers of them."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        del state

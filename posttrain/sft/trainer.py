@@ -16,9 +16,9 @@ from peft import PeftModel
 from trl import SFTConfig
 from trl import SFTTrainer as TRLSFTTrainer
 
-from posttrain.columns import WithColumns
+from posttrain.columns import ID, WithColumns, number_rows
 from posttrain.guards import FiniteGuard
-from posttrain.methods import vet
+from posttrain.methods import vet, write_reports
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import Setup
 from posttrain.selection.plan import PlanError
@@ -80,6 +80,8 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         self.finished = False
         self._gauges = Gauges()
         self._columns = tuple(dict.fromkeys(name for method in self._active for name in method.columns))
+        if any(method.wants_ids for method in self._active):
+            self._columns = (*self._columns, ID)
         super().__init__(*args, **kwargs)
         if self._active:
             self._refuse_late()
@@ -122,10 +124,12 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
     def _take_columns(self) -> None:
         """Let the columns that methods read through to the micro-step."""
         names = ", ".join(method.name for method in self._active if method.columns)
+        if ID in self._columns and self._skip_prepare_dataset:
+            self.train_dataset = self._number(self.train_dataset)
         rows: Any = self.train_dataset
         found = rows.column_names
         for name in self._columns:
-            if name != _REFERENCE and found is not None and name not in found:
+            if name not in (_REFERENCE, ID) and found is not None and name not in found:
                 raise ValueError(
                     f"{names} reads the column {name!r} of the training data, found {', '.join(found)}: add "
                     f"it (true or false), or rename yours with data.columns: {{{name}: YOURS}}"
@@ -137,6 +141,21 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
                 )
             self.train_dataset = self._with_reference(rows)
         self.data_collator = WithColumns(self.data_collator, self._columns)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(TRLSFTTrainer._prepare_dataset).bind(self, dataset, *args, **kwargs)
+        if given.arguments["dataset_name"] == "train":
+            dataset = self._number(dataset)
+        return super()._prepare_dataset(dataset, *args, **kwargs)
+
+    def _number(self, rows: Any) -> Any:
+        """Give rows ids, for methods that want them."""
+        counting = [method for method in self._active if method.wants_ids]
+        if counting:
+            rows, count, fingerprint = number_rows(rows, ", ".join(method.name for method in counting))
+            for method in counting:
+                method.number_rows(count, fingerprint)
+        return rows
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -229,6 +248,9 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
             last = number == len(passes) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
                 losses.append(self._pass(model, rows, num_items_in_batch, group))
+        if self.accelerator.sync_gradients:
+            for method in self._active:
+                method.optimizer_step()
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def _passes(self, inputs: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -348,6 +370,8 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
                 self.finished |= type(method).finish is not Method.finish
             elif type(method).finish is not Method.finish:
                 logger.warning("%s: training stopped early, the model was not finished", method.name)
+        if self.args.should_save:
+            write_reports(self._active, self.args.output_dir)
         return result
 
     def _retained(self, count: int) -> list[dict[str, Any]]:
@@ -444,6 +468,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
             "draws": self._draws,
             "reference": self._reference,
             "fingerprints": [method.fingerprint() for method in self._active],
+            "states": {method.name: method.state_dict() for method in self._active},
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -472,6 +497,9 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
                 f"the reference scores of the forget rows are {self._reference} on average, the checkpoint "
                 f"was written with {reference}: build the trainer with the model that training began with"
             )
+        states = state.pop("states", {})
+        for method in self._active:
+            method.load_state_dict(states.get(method.name, {}))
         super().load_extra_state(state)
 
 
