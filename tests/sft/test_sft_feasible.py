@@ -93,9 +93,7 @@ def test_evaluation_is_plain_and_training_brings_rows_below(tmp_path):
     assert 2 < run.evaluate()["eval_loss"] < 6
     assert method.table.visits.sum() == 0
     run.train()
-    logs = support.logged(
-        run, "feasible/feasible", "feasible/multiplier_zero", "feasible/cvar_0.8"
-    )
+    logs = support.logged(run, "feasible/feasible", "feasible/multiplier_zero", "feasible/cvar_0.8")
     assert logs[0][0] == 0
     assert logs[-1][0] > 0.5
     assert logs[-1][1] > 0.3
