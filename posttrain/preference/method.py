@@ -113,6 +113,21 @@ class Batch:
         return torch.arange(rows, device=self.logps.device) < rows // 2
 
 
+@dataclass(frozen=True)
+class TokenPicture:
+    """Numbers over the tokens of one response, for the report.
+
+    Attributes:
+        title: What the response is.
+        ids: Its token ids.
+        values: Lists of numbers >= 0 as long as ``ids``, by what they are.
+    """
+
+    title: str
+    ids: list[int]
+    values: dict[str, list[float]]
+
+
 class Method(BaseModel):
     """Base class of every method.
 
@@ -243,6 +258,10 @@ class Method(BaseModel):
     def watch(self, batch: Batch, scores: torch.Tensor) -> None:
         """Log numbers of the finished scores, (R,), without beta."""
         del batch, scores
+
+    def pictures(self) -> list[TokenPicture]:
+        """Return a few responses with numbers over their tokens, for the report."""
+        return []
 
     def optimizer_step(self) -> None:
         """Act once per optimiser step, the same on every rank."""

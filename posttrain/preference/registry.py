@@ -11,7 +11,17 @@ from posttrain import find_methods
 from posttrain.preference.method import Method
 
 _MACHINERY = frozenset(
-    {"diagnostics", "kl", "trainer", "trainers", "reward_trainer", "method", "registry", "seams"}
+    {
+        "diagnostics",
+        "kl",
+        "trainer",
+        "trainers",
+        "reward_trainer",
+        "method",
+        "registry",
+        "seams",
+        "token_masks",
+    }
 )
 
 

@@ -12,11 +12,13 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
+from safetensors.torch import save_file
 from trl import DPOConfig
 from trl import DPOTrainer as TRLDPOTrainer
 
@@ -276,6 +278,22 @@ class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
                 if parameter.requires_grad:
                     whole = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                     parameter.grad = self.accelerator.reduce(whole.contiguous(), reduction="mean")
+
+    # ---- saving -----------------------------------------------------------------------------------------
+
+    def save_modules(self, folder: str | Path) -> list[Path]:
+        """Write what methods train into ``folder``, as METHOD.safetensors each; return the files."""
+        written = []
+        for name, module in self.modules_of_methods.items():
+            path = Path(folder) / f"{name}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: value.contiguous() for key, value in module.state_dict().items()}, path)
+            written.append(path)
+        return written
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.save_modules(output_dir or self.args.output_dir or ".")
 
     # ---- exact resume -----------------------------------------------------------------------------------
 
