@@ -115,6 +115,20 @@ class LabelNoiseConfig(Section):
         return self
 
 
+class ProbeConfig(Section):
+    """Answers in no pair that a preference run scores now and then, to see where probability goes."""
+
+    file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File with prompt and completion; unset: training prompts, answers of other prompts.",
+    )
+    size: int | None = Field(
+        default=None, ge=1, description="Number of rows; 64 when unset, all rows of a file."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the draw.")
+
+
 class DataConfig(Section):
     """Where prompts (and answers) come from."""
 
@@ -154,6 +168,9 @@ class DataConfig(Section):
     )
     label_noise: LabelNoiseConfig | None = Field(
         default=None, description="Exchange chosen and rejected in some training rows, to test robustness."
+    )
+    probe: ProbeConfig | None = Field(
+        default=None, description="Score answers in no pair during a preference run; {} for the defaults."
     )
 
     @model_validator(mode="before")
@@ -426,6 +443,11 @@ class RunConfig(Section):
                 "data.label_noise",
                 f"task {self.task!r} has no chosen and rejected to exchange: drop the section, or set task: "
                 "preference or reward",
+            )
+        if self.task != "preference" and self.data.probe is not None:
+            raise _refuse(
+                "data.probe",
+                f"a probe is scored by preference runs only, found task {self.task!r}: drop the section",
             )
         if spec.scores and self.rewards:
             raise _refuse(

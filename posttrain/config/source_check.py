@@ -90,6 +90,8 @@ def check_data(data: DataConfig) -> Iterator[Problem]:
         yield from _split_problems(name, split, generated, _is_file(source))
     if data.label_noise is not None and data.label_noise.file is not None:
         yield from _file_problems(data.label_noise.file, ("data", "label_noise", "file"))
+    if data.probe is not None and data.probe.file is not None:
+        yield from _file_problems(data.probe.file, ("data", "probe", "file"))
     if data.prompt_pattern is not None:
         yield from _pattern_problems(data.prompt_pattern, ("data", "prompt_pattern"), groups=1)
     if data.prompt_template is not None:

@@ -32,6 +32,12 @@ class OutputWithKL(FusedCausalLMOutput):
     kl: torch.Tensor | None = None
 
 
+def one_logit(policy: torch.nn.Module) -> dict[str, int]:
+    """Return what to call a causal language model with if its logits are not needed."""
+    known = inspect.signature(type(policy).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+
 def forward_with_kl(
     model: Callable[..., Any],
     policy: torch.nn.Module,
@@ -59,8 +65,7 @@ def forward_with_kl(
         ValueError: The head trains and is sharded, see :mod:`posttrain.kernels.reference`.
     """
     arguments = {name: value for name, value in kwargs.items() if name not in ("labels", "fused_lm_head")}
-    if "logits_to_keep" in inspect.signature(type(policy).forward).parameters:
-        arguments["logits_to_keep"] = 1
+    arguments |= one_logit(policy)
     seen: list[Scored] = []
 
     def watch(inside: Any) -> AbstractContextManager[None]:

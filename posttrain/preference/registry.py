@@ -14,6 +14,7 @@ _MACHINERY = frozenset(
     {
         "diagnostics",
         "kl",
+        "probe",
         "trainer",
         "trainers",
         "reward_trainer",

@@ -27,12 +27,14 @@ from posttrain.guards import FiniteGuard
 from posttrain.methods import vet, write_reports
 from posttrain.preference import diagnostics
 from posttrain.preference.method import Batch, Method
-from posttrain.preference.seams import PairSeams
+from posttrain.preference.probe import Probing
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import Setup
 from posttrain.selection.trainer import SelectionMixin
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from posttrain.selection.plan import SelectionPlan
     from posttrain.selection.selector import Selector
     from posttrain.selection.settings import Select
@@ -40,13 +42,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
+class DPOTrainer(SelectionMixin, FiniteGuard, Probing):
     """Direct preference optimisation with methods that compose.
 
     Args:
         *args: As ``trl.DPOTrainer``.
         methods: Methods in the order in which they act. Conflicts are refused here, before the model loads.
         selection: Which weights train: a plan, a selector, either with settings, or None for what TRL trains.
+        probe_dataset: Prompts with completions that are in no pair, to see where probability goes; see
+            :mod:`posttrain.preference.probe`.
         **kwargs: As ``trl.DPOTrainer``.
 
     Attributes:
@@ -64,6 +68,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
         *args: Any,
         methods: Sequence[Method] = (),
         selection: SelectionPlan | Selector | Select | None = None,
+        probe_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
         self.methods: tuple[Method, ...] = tuple(methods)
@@ -79,6 +84,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
         self._stepped = True
         self.modules_of_methods: dict[str, torch.nn.Module] = {}
         super().__init__(*args, **kwargs)
+        self.start_probe(probe_dataset)
         if self._numbered:
             self.data_collator = WithColumns(self.data_collator, (ID,))
         self._start_methods()
@@ -219,14 +225,6 @@ class DPOTrainer(SelectionMixin, FiniteGuard, PairSeams):
         if self._replacing is None:
             margin = diagnostics.margins(scores, batch.sums.detach(), batch.mask.sum(dim=1), how)
         diagnostics.log_pairs(self._gauges, batch, self.tokens, margin)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with what has changed since the log before (:mod:`posttrain.preference.diagnostics`)."""
-        prefix = "" if self._mode == "train" else "eval_"
-        now = {prefix + name: sum(found) / len(found) for name, found in self._metrics[self._mode].items()}
-        earlier: Any = diagnostics.same_kind(self.state.log_history, logs)
-        logs.update(diagnostics.trends(now, earlier, self.state.global_step, prefix))
-        super().log(logs, start_time)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self._replacing is None:

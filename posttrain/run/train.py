@@ -24,6 +24,7 @@ from posttrain.config.schema import RunConfig
 from posttrain.config.tasks import TASKS
 from posttrain.data.length import apply_length_policy
 from posttrain.data.load import LoadedData, load_data, load_warm_start
+from posttrain.data.probe import load_probe
 from posttrain.data.prompts import render
 from posttrain.evaluation.results import Evaluation, compare
 from posttrain.models.adapter import build_peft_config
@@ -134,6 +135,8 @@ class _Run:
             held_out, longest = (None, 0)
             if data.eval is not None:
                 held_out, longest = self._prepare("held-out", data.eval, model)
+            probe = load_probe(config.data, data.train)
+            self.probe = None if probe is None else render(probe, self.tokenizer, config.data)
             if config.evaluate is not None and can_evaluate(config):
                 check_context(config, model, longest)
             if config.s3ft is not None:
@@ -292,7 +295,14 @@ class _Run:
                 )
             elif TASKS[self.config.task].pairs:
                 trainer = pair_trainer(
-                    self.config, self.run, self.args, model, self.tokenizer, rows, **options
+                    self.config,
+                    self.run,
+                    self.args,
+                    model,
+                    self.tokenizer,
+                    rows,
+                    probe=self.probe,
+                    **options,
                 )
             else:
                 trainer = sft_trainer(

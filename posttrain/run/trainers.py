@@ -126,6 +126,7 @@ def pair_trainer(
     peft_config: Any = None,
     watchers: Sequence[TrainerCallback] = (),
     selection: Select | None = None,
+    probe: Dataset | None = None,
 ) -> DPOTrainer | RewardTrainer:
     """Build the trainer of a run on pairs; ``watchers`` come before what reads logs."""
     options: dict[str, Any] = {
@@ -146,7 +147,9 @@ def pair_trainer(
         if whole and not args.precompute_ref_log_probs:
             # TRL would read it from the model's address again, which an embedded model does not have
             options["ref_model"] = copy.deepcopy(model)
-        trainer = DPOTrainer(**options, methods=preference_registry.build(config.methods))
+        trainer = DPOTrainer(
+            **options, methods=preference_registry.build(config.methods), probe_dataset=probe
+        )
     return _watched(trainer, run, config.task)
 
 

@@ -38,7 +38,9 @@ def trainer(
     dtype: torch.dtype = torch.float32,
     peft_config: Any = None,
     callbacks: Any = None,
-    eval_data: Dataset | None = None,
+    eval_data: Any = None,
+    probe_dataset: Dataset | None = None,
+    processing_class: Any = None,
     **settings: Any,
 ) -> Any:
     """Build a trainer; full fine-tuning gets the seed-0 model as reference."""
@@ -59,14 +61,14 @@ def trainer(
     settings = defaults | settings
     if reference is None and peft_config is None and not settings.get("precompute_ref_log_probs"):
         reference = support.model(dtype=dtype)
-    options: dict[str, Any] = {} if trl else {"methods": methods}
+    options: dict[str, Any] = {} if trl else {"methods": methods, "probe_dataset": probe_dataset}
     return (TRLDPOTrainer if trl else DPOTrainer)(
         model=support.model(dtype=dtype) if model is None else model,
         ref_model=reference,
         args=DPOConfig(**settings),
         train_dataset=rows() if data is None else data,
         eval_dataset=eval_data,
-        processing_class=support.tokenizer(),
+        processing_class=processing_class or support.tokenizer(),
         peft_config=peft_config,
         callbacks=callbacks,
         **options,

@@ -192,3 +192,111 @@ def test_alarms_speak_up_without_a_run_directory(tmp_path, caplog):
     (said,) = [text for text in caplog.messages if text.startswith("saturation")]
     assert "no longer pulls" in said
     assert "lower beta" in said
+
+
+def probe(count=5):
+    """Answers in no pair, of different lengths."""
+    return Dataset.from_dict(
+        {
+            "prompt": [f"say {i}" for i in range(count)],
+            "completion": [" other" * (1 + i % 3) for i in range(count)],
+        }
+    )
+
+
+def probe_by_hand(policy, reference, rows):
+    """The three numbers from full logits in float64, row by row."""
+    shifts, kls, entropies = [], [], []
+    for prompt, answer in zip(rows["prompt"], rows["completion"], strict=True):
+        begin = support.tokenizer()(prompt)["input_ids"]
+        ids = torch.tensor([support.tokenizer()(prompt + answer + "<eos>")["input_ids"]])
+        with torch.no_grad():
+            p, q = (
+                model.double()(input_ids=ids).logits[0, len(begin) - 1 : -1].log_softmax(-1)
+                for model in (policy, reference)
+            )
+        tokens = ids[0, len(begin) :, None]
+        shifts.append((p.gather(1, tokens) - q.gather(1, tokens)).sum().item())
+        kls += (q.exp() * (q - p)).sum(-1).tolist()
+        entropies += (-p.exp() * p).sum(-1).tolist()
+    means = [sum(values) / len(values) for values in (shifts, kls, entropies)]
+    return dict(zip(("probe/logps_shift", "probe/kl_forward", "probe/entropy"), means, strict=True))
+
+
+def test_the_probe_from_full_logits(tmp_path):
+    rows = probe()
+    run = pairs.trainer(
+        tmp_path, reference=support.model(seed=1), probe_dataset=rows, per_device_eval_batch_size=2
+    )
+    found = run.measure_probe(run._probe)
+    assert run.model.training
+    expected = probe_by_hand(support.model(), support.model(seed=1), rows)
+    assert found == {name: pytest.approx(value, rel=1e-4) for name, value in expected.items()}
+    assert found["probe/kl_forward"] > 0
+
+
+SETTINGS = {
+    "full": {},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "lora, bf16, accumulated": {
+        "peft_config": support.lora(),
+        "bf16": True,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+    },
+    "lora, precomputed": {"peft_config": support.lora(), "precompute_ref_log_probs": True},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_probe_changes_nothing_and_starts_at_zero(tmp_path, name):
+    settings = {"learning_rate": 1e-2, "max_steps": 3, **SETTINGS[name]}
+    run = pairs.trainer(tmp_path, probe_dataset=probe(), **settings)
+    pairs.assert_trl_equal(run, pairs.trainer(tmp_path, trl=True, **settings))
+    logs = [row for row in run.state.log_history if "loss" in row]
+    assert all({"probe/logps_shift", "probe/entropy"} <= row.keys() for row in logs)
+    assert all(("probe/kl_forward" in row) == (name != "precomputed") for row in logs)
+    assert abs(logs[0]["probe/logps_shift"]) > 1e-3  # after the first step
+    again = pairs.trainer(tmp_path, probe_dataset=probe(), **settings)
+    start = again.measure_probe(again._probe)
+    assert start["probe/logps_shift"] == pytest.approx(0, abs=1e-4)
+    assert start.get("probe/kl_forward", 0) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_probe_is_measured_at_evaluations_and_once_a_step(tmp_path):
+    run = pairs.trainer(
+        tmp_path,
+        probe_dataset=probe(),
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_data={"a": pairs.rows(4), "b": pairs.rows(4)},
+    )
+    run.train()
+    assert [row["step"] for row in run.state.log_history if "probe/entropy" in row] == [2, 4]
+    run.evaluate()
+    assert len([row for row in run.state.log_history if "probe/entropy" in row]) == 2
+
+
+def test_probes_of_messages_and_what_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="columns prompt and completion, found Dataset with prompt, chosen"):
+        pairs.trainer(tmp_path, probe_dataset=pairs.rows(2))
+    with pytest.raises(ValueError, match="all 5 prompts of probe_dataset fill max_length=4"):
+        pairs.trainer(
+            tmp_path,
+            probe_dataset=probe(),
+            data=Dataset.from_dict({"prompt": ["a"] * 4, "chosen": ["b"] * 4, "rejected": ["c"] * 4}),
+            max_length=4,
+        )
+    tokenizer = support.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] + '=' + m.content + '.' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a=' }}{% endif %}"
+    )
+    rows = Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": "say"}]],
+            "completion": [[{"role": "assistant", "content": "yes"}]],
+        }
+    )
+    run = pairs.trainer(tmp_path, probe_dataset=rows, processing_class=tokenizer)
+    assert tokenizer.decode(run._probe[0]["chosen_ids"]).replace(" ", "") == "yes."

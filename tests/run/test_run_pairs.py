@@ -89,6 +89,15 @@ def test_label_noise_is_said_and_in_the_manifest(job):
     assert manifest["data"]["label_noise"] == {"rows": 24, "share": 0.25, "seed": 3, "flipped": 6}
 
 
+def test_a_probe_is_scored_at_evaluations(job):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+    run, _ = job("preference", LORA, {"data": {"probe": {"size": 5}}, "trainer": settings, "export": None})
+    rows = [row for row in json_lines(run / "metrics.jsonl") if "probe/kl_forward" in row]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert rows[0]["probe/kl_forward"] > 0
+    assert "probe/kl_forward" in (run / "report.html").read_text()
+
+
 def test_pairs_that_do_not_fit_are_refused_before_anything_is_written(job, tmp_path):
     with pytest.raises(AssertionError, match=r"24 of 24 pairs have a prompt that leaves no room"):
         job("preference", {"trainer": {"max_length": 5}})
