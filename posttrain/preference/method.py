@@ -42,6 +42,7 @@ from posttrain.rl.method import Conflict, Setup
 if TYPE_CHECKING:
     import torch
 
+    from posttrain.preference.lists import Lists
     from posttrain.rl.gauges import Gauges
 
 Need = Literal["token_logps", "kl"]
@@ -55,9 +56,29 @@ MARGIN_LOSSES = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair"
 """TRL's losses that are functions of the difference of two scores."""
 
 
+@dataclass(frozen=True)
+class ListSettings:
+    """How a method that trains on ranked lists wants them, see :mod:`posttrain.preference.lists`.
+
+    Attributes:
+        labels: ``"given"`` in [0, 1], or ``"min_max"`` to scale the scores of each list.
+        size: Responses of a list that are used, the first ones; None for all.
+        forward_rows: Responses that go through the model at a time; None for all.
+        counts_pairs: Whether :attr:`Lists.pairs` has to be that of the whole optimiser step.
+    """
+
+    labels: Literal["given", "min_max"] = "given"
+    size: int | None = None
+    forward_rows: int | None = None
+    counts_pairs: bool = False
+
+
 @dataclass
 class Batch:
     """One micro-batch of this rank. R rows: B chosen, then their B rejected ones. T token places.
+
+    With a method that trains on lists (:attr:`lists` is not None) the R rows are the responses of B prompts,
+    list after list.
 
     Attributes:
         logps: (R, T) log pi(y_t | s_t) in nats, with gradient; 0 where ``mask`` is False.
@@ -75,6 +96,7 @@ class Batch:
         step: Optimiser steps done.
         gauges: Where a method logs numbers.
         training: False in an evaluation.
+        lists: Which rows form a list, with their labels; None for pairs.
     """
 
     logps: torch.Tensor
@@ -91,6 +113,7 @@ class Batch:
     loss_types: tuple[str, ...] = ("sigmoid",)
     step: int = 0
     training: bool = True
+    lists: Lists | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -106,9 +129,11 @@ class Batch:
 
     @property
     def chosen(self) -> torch.Tensor:
-        """(R,) bool, True for the chosen rows."""
+        """(R,) bool, True for the chosen rows; of a list that is the best one, the first of equals."""
         import torch
 
+        if self.lists is not None:
+            return self.lists.best_rows
         rows = self.logps.size(0)
         return torch.arange(rows, device=self.logps.device) < rows // 2
 
@@ -142,6 +167,8 @@ class Method(BaseModel):
     paper: ClassVar[str | None] = None
     replaces_loss: ClassVar[bool] = False
     """Whether :meth:`loss` takes the place of TRL's loss; one method of a run may."""
+    for_lists: ClassVar[bool] = False
+    """Whether the method also goes with lists: it takes the rows by :attr:`Batch.chosen`, or all alike."""
     needs_margin: ClassVar[bool] = False
     """Whether only losses of the pair margin (:data:`MARGIN_LOSSES`) and the reverse KL go with it."""
 
@@ -154,6 +181,11 @@ class Method(BaseModel):
     def needs(self) -> frozenset[Need]:
         """What the trainer has to compute for it."""
         return frozenset()
+
+    @property
+    def lists(self) -> ListSettings | None:
+        """How lists are to be read, for a method that trains on them; None for pairs."""
+        return None
 
     @property
     def wants_ids(self) -> bool:

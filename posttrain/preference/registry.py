@@ -14,6 +14,7 @@ _MACHINERY = frozenset(
     {
         "diagnostics",
         "kl",
+        "lists",
         "probe",
         "trainer",
         "trainers",

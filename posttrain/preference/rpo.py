@@ -87,6 +87,7 @@ class RPO(Method):
     name = "rpo"
     title = "RPO: supervised loss on chosen answers as a regulariser (arXiv 2405.16436)"
     paper = "2405.16436"
+    for_lists = True
 
     eta: float = Field(0.005, ge=0, description="Weight; below 1e-6 the method is off. 0.2 for token_mean.")
     normalization: Normalization = Field(

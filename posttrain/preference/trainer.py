@@ -9,6 +9,7 @@ setting, losses, gradients and weights are TRL's, bit for bit.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from posttrain.columns import ID, WithColumns, number_rows
 from posttrain.guards import FiniteGuard
 from posttrain.methods import vet, write_reports
 from posttrain.preference import diagnostics
+from posttrain.preference.lists import ListPath
 from posttrain.preference.method import Batch, Method
 from posttrain.preference.probe import Probing
 from posttrain.rl.gauges import Gauges
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(SelectionMixin, FiniteGuard, Probing):
+class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
     """Direct preference optimisation with methods that compose.
 
     Args:
@@ -77,6 +79,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing):
         adapter = isinstance(given.get("model"), PeftModel) or given.get("peft_config") is not None
         check_methods(self.methods, given.get("args"), adapter=adapter)
         self._replacing = next((method for method in self._active if method.replaces_loss), None)
+        self.list_settings = next((m.lists for m in self._active if m.lists is not None), None)
         self._numbered = any(method.wants_ids for method in self._active)
         self._gauges = Gauges()
         self._batch: Batch | None = None
@@ -85,6 +88,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing):
         self.modules_of_methods: dict[str, torch.nn.Module] = {}
         super().__init__(*args, **kwargs)
         self.start_probe(probe_dataset)
+        self.start_lists()
         if self._numbered:
             self.data_collator = WithColumns(self.data_collator, (ID,))
         self._start_methods()
@@ -158,6 +162,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing):
             loss_types=tuple(self.loss_types),
             step=self.state.global_step,
             training=self._mode == "train",
+            lists=self.lists,
         )
         ratios = batch.sums - ref_sums
         weighed, terms, rows = ratios, None, None
@@ -182,11 +187,6 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing):
         correction = weighed - ratios + (0.0 if terms is None else terms) if changed else None
         self._scores = ratios if correction is None else ratios + correction
         return correction
-
-    @property
-    def _mode(self) -> str:
-        policy: Any = self.model
-        return "train" if policy.training else "eval"
 
     def _with(self, batch: Batch) -> Iterator[Method]:
         """Yield the active methods, each with its gauges and what it watched."""
@@ -221,10 +221,14 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing):
             divergence=str(self.f_divergence_type),
             coefficient=self.f_alpha_divergence_coef,
         )
-        margin = None
-        if self._replacing is None:
+        margin, tokens = None, self.tokens
+        if batch.lists is not None:  # the best and the worst response of each
+            rows = torch.cat([batch.lists.best, batch.lists.worst])
+            kept = {name: getattr(batch, name)[rows] for name in ("logps", "mask", "sums", "ref_sums")}
+            batch, tokens = dataclasses.replace(batch, lists=None, ref_logps=None, **kept), tokens[rows]
+        elif self._replacing is None:
             margin = diagnostics.margins(scores, batch.sums.detach(), batch.mask.sum(dim=1), how)
-        diagnostics.log_pairs(self._gauges, batch, self.tokens, margin)
+        diagnostics.log_pairs(self._gauges, batch, tokens, margin)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self._replacing is None:
@@ -327,6 +331,13 @@ def check_methods(methods: Sequence[Method], config: DPOConfig | None, *, adapte
     Raises:
         ValueError, TypeError: See :class:`DPOTrainer`.
     """
+    listed = [method.name for method in methods if isinstance(method, Method) and method.lists is not None]
+    pairs = [m.name for m in methods if isinstance(m, Method) and m.lists is None and not m.for_lists]
+    if listed and pairs:
+        raise ValueError(
+            f"{', '.join(pairs)} acts on pairs, {', '.join(listed)} trains on lists, whose rows are not half "
+            "chosen and half rejected: drop one"
+        )
     fields = {name: entry.default for name, entry in DPOConfig.__dataclass_fields__.items()}
     vet(
         methods,
