@@ -25,9 +25,9 @@ from trl import DPOConfig
 from trl.data_utils import _tokenize, common_prefix_length, is_conversational
 from trl.trainer.utils import global_then_local_main_first
 
+from posttrain.columns import ID
 from posttrain.preference.lipo import labels_from_preferences, labels_from_ranks, pair_mask, unit_labels
 from posttrain.preference.method import ListSettings
-from posttrain.columns import ID
 from posttrain.preference.seams import PairSeams
 from posttrain.rl.quantiles import wide
 
@@ -253,6 +253,8 @@ class ListPath(PairSeams):
     ) -> Any:
         first = next(iter(dataset))
         listed = "completions" in first
+        if dataset_name == "probe":  # pairs whatever trains
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if self.list_settings is None:
             if listed:
                 raise ValueError(
@@ -312,6 +314,13 @@ class ListPath(PairSeams):
         """Compute the reference's sums, one response a row, so TRL's cache and gathering hold for them."""
         if self.list_settings is None or not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)
+        if name == "probe":
+            ours: Any = self.data_collator
+            self.data_collator = getattr(ours, "collator", ours)
+            try:
+                return super()._precompute_ref_logps(dataset, name, batch_size)
+            finally:
+                self.data_collator = ours
         self.use_list_collator()
         flat = dataset.map(_flat, batched=True, remove_columns=dataset.column_names)
         sums = super()._precompute_ref_logps(flat, name, batch_size)["ref_chosen_logps"]

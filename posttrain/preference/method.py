@@ -168,7 +168,8 @@ class Method(BaseModel):
     replaces_loss: ClassVar[bool] = False
     """Whether :meth:`loss` takes the place of TRL's loss; one method of a run may."""
     for_lists: ClassVar[bool] = False
-    """Whether the method also goes with lists: it takes the rows by :attr:`Batch.chosen`, or all alike."""
+    """Whether the method also goes with lists: it takes the rows by :attr:`Batch.chosen`, or all alike,
+    and does not need the exact KL."""
     needs_margin: ClassVar[bool] = False
     """Whether only losses of the pair margin (:data:`MARGIN_LOSSES`) and the reverse KL go with it."""
 

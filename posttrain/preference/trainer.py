@@ -332,7 +332,8 @@ def check_methods(methods: Sequence[Method], config: DPOConfig | None, *, adapte
         ValueError, TypeError: See :class:`DPOTrainer`.
     """
     listed = [method.name for method in methods if isinstance(method, Method) and method.lists is not None]
-    pairs = [m.name for m in methods if isinstance(m, Method) and m.lists is None and not m.for_lists]
+    others = [method for method in methods if isinstance(method, Method) and method.lists is None]
+    pairs = [method.name for method in others if not method.for_lists or "kl" in method.needs]
     if listed and pairs:
         raise ValueError(
             f"{', '.join(pairs)} acts on pairs, {', '.join(listed)} trains on lists, whose rows are not half "

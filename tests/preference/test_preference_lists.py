@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from posttrain.preference.lipo import LiPO, list_losses, pair_mask
 from posttrain.preference.method import Batch, Method
+from posttrain.preference.rpo import RPO
 
 OBJECTIVES = ["lambda", "pair_logistic", "pair_hinge", "list_mle", "softmax", "point_mse", "point_sigmoid"]
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
@@ -395,6 +396,24 @@ def test_a_penalty_on_the_best_response(tmp_path):
         loss - plain._metrics["train"]["logps/chosen"][0], rel=1e-4
     )
     assert Best.model_config.pop("rows") == [True, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_rpo_and_a_probe_beside_lists(tmp_path, precompute):
+    run = pairs.trainer(
+        tmp_path,
+        methods=[LiPO(), RPO(eta=0.1)],
+        data=rows(),
+        precompute_ref_log_probs=precompute,
+        probe_dataset=Dataset.from_dict(
+            {"prompt": ["say a", "say b"], "completion": [" what", " so and so"]}
+        ),
+        max_steps=2,
+    )
+    log = pairs.history(run)[1]
+    assert log["probe/logps_shift"] != 0
+    assert log["rpo/nll"] == pytest.approx(-log["logps/chosen"], rel=1e-4)
+    assert log["loss"] > 0.1 * 0.1 * log["rpo/nll"]
 
 
 class Pairwise(Method):
