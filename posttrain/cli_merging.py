@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from posttrain.cli_common import AsJson, answers, print_json, reported_errors, stdout
+from posttrain.cli_common import (
+    AsJson,
+    answers,
+    main_process,
+    print_json,
+    reported_errors,
+    stderr,
+    stdout,
+)
 
 
 def merge(
@@ -54,3 +62,82 @@ def merge(
                 markup=False,
                 soft_wrap=True,
             )
+
+
+def warm(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A configuration of task: reward.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes for all members.", show_default=False),
+    ] = None,
+    *,
+    members: Annotated[int, typer.Option("--members", min=1, help="Reward models to train.")] = 4,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vary",
+            metavar="KEY=V1,V2,...",
+            help="Values that members take in turn, such as model.adapter.dropout=0,0.1. Seeds always "
+            "differ; learning rates are 1 and 0.4 times trainer.learning_rate unless they are varied here.",
+        ),
+    ] = None,
+    starts: Annotated[
+        list[str] | None,
+        typer.Option("--start", help="Checkpoints of one supervised run that members begin at, in turn."),
+    ] = None,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option("--probe", metavar="KEY=VALUE", help="A change for the stage that trains the head."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Repetitions; five give intervals.")] = 1,
+    shares: Annotated[
+        list[float] | None,
+        typer.Option("--share", help="Interpolations that are looked at; 0.25, 0.5 and 0.75 when unset."),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="Accuracy an interpolation may lie below the line.")
+    ] = 0.02,
+    floor: Annotated[
+        float, typer.Option("--min-accuracy", help="Accuracy a member has to exceed to be averaged.")
+    ] = 0.5,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; RUN_DIR-warm when unset.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train several reward models and average their weights (WARM, arXiv 2401.12187).
+
+    \b
+    posttrain warm reward.yaml --members 6 --vary trainer.learning_rate=1e-4,4e-5
+
+    One head is trained on frozen features first; all members begin with it. Members that are no better than
+    chance, or not linearly connected with the best, are left out. The average in OUT/model is compared with
+    members and their ensemble on held-out pairs, and is a reward model like any other: rewards:
+    [model:OUT/model], posttrain best-of. The same command goes on where it stopped.
+    """
+    with reported_errors("the same command goes on where it stopped"):
+        from posttrain.run.warm import plan_warm, print_warm
+        from posttrain.run.warm import warm as carry_out
+
+        plan = plan_warm(
+            config,
+            overrides or (),
+            members=members,
+            vary=vary or (),
+            starts=starts or (),
+            probe=probe or (),
+            seeds=seeds,
+            shares=shares or (0.25, 0.5, 0.75),
+            tolerance=tolerance,
+            floor=floor,
+            out=out,
+        )
+        errors = stderr()
+        with answers(as_json):
+            result = carry_out(plan, say=lambda text: errors.print(text, markup=False))
+        if not main_process():
+            return
+        if as_json:
+            print_json(result)
+        else:
+            print_warm(result, stdout())

@@ -384,7 +384,7 @@ def _adapter_tensor(
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
-    key = get_pattern_key(patterns.keys(), module)
+    key = get_pattern_key(list(patterns), module)
     alpha = float(patterns.get(key, config["lora_alpha"]))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 

@@ -42,7 +42,7 @@ from posttrain.evaluation.seeds import SeedEstimate, over_seeds, paired_over_see
 from posttrain.models.load import load_for_evaluation
 from posttrain.run.arms import Arm
 from posttrain.run.directory import RunDirectory, RunError, write_json
-from posttrain.run.train import train
+from posttrain.run.once import train_once
 from posttrain.run.trainers import sft_trainer, trl_config
 from posttrain.run.verbs import evaluate_path
 from posttrain.selection import registry as selectors
@@ -236,7 +236,7 @@ def _base(sequence: Rounds, seed: int, say: Say) -> Path | None:
     if sequence.base is None:
         return None
     run = RunDirectory(sequence.out / "base" / f"seed-{seed}")
-    return _train(_local(sequence.base, run, seed), run, f"base, seed {seed}", say)
+    return train_once(_local(sequence.base, run, seed), f"base, seed {seed}", say)
 
 
 def _rounds(
@@ -254,7 +254,7 @@ def _rounds(
     for number, config in enumerate(configs):
         run = RunDirectory(sequence.out / arm.name / f"seed-{seed}" / f"round-{number}")
         local = _local(config, run, seed, model=model, round=number)
-        model = _train(local, run, f"{arm.name}, seed {seed}, round {number}", say)
+        model = train_once(local, f"{arm.name}, seed {seed}, round {number}", say)
         done = _judge(model, judged, run.root / "tasks.json", say)
         table.append(done["accuracy"])
         losses.append(done["general_loss"])
@@ -285,23 +285,6 @@ def _local(
             update["round"] = round
         changes["selection"] = selection.model_copy(update=update)
     return config.model_copy(update=changes)
-
-
-def _train(config: RunConfig, run: RunDirectory, name: str, say: Say) -> Path:
-    """Train, or go on, or find it done; return the folder of the model."""
-    done = run.root / "done.json"
-    now = json.loads(config.model_dump_json())
-    if done.is_file():
-        if json.loads(done.read_text(encoding="utf-8")).get("config") != now:
-            raise RunError(
-                f"{name} is done already in {run.root}, with another configuration than now: put the old one "
-                "back, or choose another --out"
-            )
-        return run.export
-    say(f"{name}: training")
-    train(config, resume=run.config.is_file())
-    write_json(done, {"model": str(run.export), "config": now})
-    return run.export
 
 
 def _judge(model: Path, configs: Sequence[RunConfig], path: Path, say: Say) -> dict[str, Any]:
