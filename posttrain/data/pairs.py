@@ -116,6 +116,11 @@ def flip(dataset: Dataset, noise: LabelNoiseConfig, notes: list[str]) -> tuple[D
         origin += f"; {missed} of its {len(wanted)} values are not in the training rows" if missed else ""
         about |= {"file": noise.file, "column": noise.column, "values": len(wanted)}
     about["flipped"] = len(chosen)
+    if "completions" in dataset.column_names:
+        raise DataError(
+            "data.label_noise exchanges chosen and rejected, and the data are lists, whose scores would "
+            "stay: drop the section, or give pairs"
+        )
     if not chosen:
         raise DataError(
             f"data.label_noise means none of the {rows} training rows ({origin}): drop the section"
@@ -310,7 +315,7 @@ def _from_lists(table: Table, dataset: Dataset, notes: list[str]) -> Dataset:
     ranked = "scores" not in dataset.column_names
     name = "ranks" if ranked else "scores"
     problems, kept, tied = [], [], 0
-    better, worse, scores = [], [], []
+    better, worse = [], []
     for index, (replies, values) in enumerate(zip(dataset["completions"][:], dataset[name][:], strict=True)):
         if len(replies) != len(values) or len(replies) < 2:
             problems.append(f"{table.where(index)}: {len(replies)} completions and {len(values)} {name}")
@@ -322,7 +327,6 @@ def _from_lists(table: Table, dataset: Dataset, notes: list[str]) -> Dataset:
         kept.append(index)
         better.append(replies[merits.index(max(merits))])
         worse.append(replies[merits.index(min(merits))])
-        scores.append(merits)
     if problems:
         raise DataError(
             f"{table.place}: {len(problems)} lists cannot be used; each needs two completions at least and "
@@ -334,5 +338,4 @@ def _from_lists(table: Table, dataset: Dataset, notes: list[str]) -> Dataset:
         notes.append(f"{tied} of {len(dataset)} lists were left out: all their {name} are equal")
         dataset = dataset.select(kept)
     notes.append(f"chosen and rejected are the best and the worst of each list, by {name}")
-    dataset = dataset.remove_columns(name).add_column("scores", scores)
     return dataset.add_column("chosen", better).add_column("rejected", worse)

@@ -161,6 +161,12 @@ def render(dataset: Dataset, tokenizer: Any, config: DataConfig) -> Dataset:
         role = "assistant" if name in answers else "user"
         converted = [_messages(value, role, opening, index) for index, value in enumerate(dataset[name][:])]
         dataset = put_column(dataset, name, converted)
+    if "completions" in dataset.column_names and "prompt" in columns:
+        lists = [
+            [_messages(reply, "assistant", None, index) for reply in replies]
+            for index, replies in enumerate(dataset["completions"][:])
+        ]
+        dataset = put_column(dataset, "completions", lists)
     return dataset
 
 

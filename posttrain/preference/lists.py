@@ -256,7 +256,7 @@ class ListPath(PairSeams):
         if dataset_name == "probe":  # pairs whatever trains
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if self.list_settings is None:
-            if listed:
+            if listed and "chosen" not in first:
                 raise ValueError(
                     "the data have a column completions, lists of responses: add a method that trains on "
                     "them (lipo), or give pairs, columns chosen and rejected"

@@ -1,6 +1,7 @@
 """Pairs of answers: every form, what is left out and said, label noise, and TRL's tokens."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import support
@@ -89,7 +90,7 @@ def test_lists_give_their_best_and_worst_as_the_pair(load, name, values):
     data = load([row, tied])
     (found,) = data.train
     assert (found["chosen"], found["rejected"], found["completions"]) == (" b", " c", [" a", " b", " c"])
-    assert sorted(found["scores"]) == found["scores"][2:] + found["scores"][:1] + found["scores"][1:2]
+    assert found[name] == values
     assert data.describe["notes"][0] == f"1 of 2 lists were left out: all their {name} are equal"
 
 
@@ -205,3 +206,13 @@ def test_lengths_are_counted_refused_or_left_out_never_dropped_in_silence():
     with pytest.raises(DataError, match=r"30 tokens, more than the context .* trainer.max_length: 24"):
         apply(None, context=24)
     assert len(apply(24, context=24)[0]) == 4
+
+
+def test_lists_go_through_chat_templates_and_take_no_label_noise(load):
+    row = {"prompt": "p", "completions": [" a", " b"], "scores": [0.5, 1]}
+    with pytest.raises(DataError, match="the data are lists, whose scores would stay"):
+        load([row] * 4, label_noise={"share": 0.5})
+    data = load([row])
+    spoken = render(data.train, SimpleNamespace(chat_template="x"), data.config)[0]
+    assert spoken["completions"] == [[{"role": "assistant", "content": text}] for text in (" a", " b")]
+    assert spoken["chosen"] == spoken["completions"][1]
