@@ -24,7 +24,7 @@ from posttrain.cli_common import (
     stdout,
 )
 from posttrain.cli_delta import delta_app
-from posttrain.cli_merging import merge, warm
+from posttrain.cli_merging import best_of, merge, warm
 from posttrain.cli_plan import plan_app
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ app.add_typer(delta_app, name="delta")
 app.add_typer(plan_app, name="plan")
 app.command()(merge)
 app.command()(warm)
+app.command("best-of")(best_of)
 
 OVERRIDES_HELP = (
     "Changes on top of the file, with YAML values: trainer.learning_rate=1e-5, rewards=[verifier], "

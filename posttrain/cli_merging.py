@@ -141,3 +141,53 @@ def warm(
             print_json(result)
         else:
             print_warm(result, stdout())
+
+
+def best_of(
+    model: Annotated[str, typer.Argument(help="What samples: folder, run directory, or Hub id.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes on top of the file.")
+    ] = None,
+    *,
+    rewards: Annotated[
+        list[str],
+        typer.Option("--reward", help="A reward model that picks; several are compared.", show_default=False),
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="Data, evaluate, and rewards, whose first judges the picks; that of the run when unset.",
+        ),
+    ] = None,
+    sizes: Annotated[
+        list[int] | None, typer.Option("--n", min=1, help="Sizes; 1, 4 and 16 when unset. The largest is N.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Write the best of N per prompt here, rows for training.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sample N completions of the held-out prompts, let reward models pick, and judge the picks.
+
+    \b
+    posttrain best-of runs/sft --config eval.yaml --reward runs/reward-warm/model --n 4 --n 64
+
+    All reward models pick among the same samples. Without 'rewards' in the configuration nothing judges the
+    picks, and --to is what is left.
+    """
+    with reported_errors():
+        from posttrain.config.check import load_run_config
+        from posttrain.run.best_of import best_of as carry_out
+        from posttrain.run.best_of import print_best_of
+        from posttrain.run.verbs import config_of
+
+        run_config = load_run_config(config or config_of(model), overrides or ())
+        with answers(as_json):
+            result = carry_out(model, rewards, run_config, sizes=sorted({*(sizes or (1, 4, 16))}), out=to)
+        if not main_process():
+            return
+        if as_json:
+            print_json(result)
+        else:
+            print_best_of(result, stdout())

@@ -105,7 +105,7 @@ def evaluate_preferences(
     failure: Exception | None = None
     share: list[tuple[Problem, list[Completion]]] = []
     try:
-        judge, shown = verify or _unjudged, progress and rank == 0
+        judge, shown = verify or unjudged, progress and rank == 0
         share = evaluate_share(model, tokenizer, rows, judge, config, limit, rank, ranks, shown)
         values = [_diversity(group) for _, group in share]
         if reference is None:
@@ -238,6 +238,7 @@ def _texts(
     return texts + [(filler[0], max(filler[2], 1))] * missing
 
 
-def _unjudged(completions: list[str], rows: list[dict[str, Any]]) -> list[Verdict]:
+def unjudged(completions: list[str], rows: list[dict[str, Any]]) -> list[Verdict]:
+    """Judge nothing, where no reward is named."""
     del rows
     return [Verdict("skipped", message="no reward is named")] * len(completions)

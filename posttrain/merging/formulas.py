@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 
 def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
@@ -57,30 +58,45 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def best_of_n(proxy: Sequence[float], gold: Sequence[float], n: int) -> float:
-    """Return the expected gold reward of the sample that the proxy likes best among n drawn from N.
+def pick_chances(proxy: Sequence[float], n: int) -> npt.NDArray[np.float64]:
+    """Return the chance of every sample to be the one that the proxy likes best among n drawn from N.
 
     Exact over all subsets, so every n up to N comes from the same samples without noise of its own. Samples
     that the proxy cannot tell apart share their places.
 
     Args:
         proxy: (N,) rewards that choose.
-        gold: (N,) rewards that are reported.
         n: How many are drawn, without replacement.
+
+    Returns:
+        (N,) chances, which sum to 1.
 
     Raises:
         ValueError: ``n`` is not in [1, N].
     """
-    scores, truth = np.asarray(proxy, dtype=np.float64), np.asarray(gold, dtype=np.float64)
+    scores = np.asarray(proxy, dtype=np.float64)
     size = len(scores)
     if not 1 <= n <= size:
         raise ValueError(f"best of {n} needs at least as many samples, found {size}")
     # the chance that the sample at place j (0-based, ascending) is the best of n
-    chances = np.array([math.comb(j, n - 1) / math.comb(size, n) for j in range(size)])
+    places = np.array([math.comb(j, n - 1) / math.comb(size, n) for j in range(size)])
     order = np.argsort(scores, kind="stable")
-    total, start = 0.0, 0
+    chances = np.empty(size)
+    start = 0
     for stop in range(1, size + 1):
         if stop == size or scores[order[stop]] != scores[order[start]]:
-            total += float(chances[start:stop].sum() * truth[order[start:stop]].mean())
+            chances[order[start:stop]] = places[start:stop].mean()
             start = stop
-    return total
+    return chances
+
+
+def best_of_n(proxy: Sequence[float], gold: Sequence[float], n: int) -> float:
+    """Return the expected gold reward of the sample that the proxy picks; see :func:`pick_chances`."""
+    return float(pick_chances(proxy, n) @ np.asarray(gold, dtype=np.float64))
+
+
+def pick_win_rate(proxy: Sequence[float], gold: Sequence[float], n: int) -> float:
+    """Return the chance that the sample the proxy picks beats a random one in gold; a tie counts half."""
+    truth = np.asarray(gold, dtype=np.float64)
+    wins = (truth[:, None] > truth[None, :]) + 0.5 * (truth[:, None] == truth[None, :])
+    return float(pick_chances(proxy, n) @ wins.mean(axis=1))

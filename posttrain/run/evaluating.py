@@ -32,8 +32,8 @@ def evaluation_settings(config: RunConfig) -> dict[str, Any]:
     if TASKS[config.task].scores:
         return scorer_settings(settings)
     if TASKS[config.task].pairs:
-        return preference_settings(settings, _limit(config), **_pairs(config))
-    return settings.model_dump(exclude={"before", "every"}) | {"max_new_tokens": _limit(config)}
+        return preference_settings(settings, completion_limit(config), **_pairs(config))
+    return settings.model_dump(exclude={"before", "every"}) | {"max_new_tokens": completion_limit(config)}
 
 
 def can_evaluate(config: RunConfig) -> bool:
@@ -78,7 +78,7 @@ def evaluate_model(
             rows,
             settings,
             reference=reference,
-            max_new_tokens=_limit(config),
+            max_new_tokens=completion_limit(config),
             verify=None if reward is None else reward.verify,
             start=start,
             progress=progress,
@@ -87,7 +87,13 @@ def evaluate_model(
     else:
         assert reward is not None
         result = evaluate(
-            model, tokenizer, rows, reward.verify, settings, max_new_tokens=_limit(config), progress=progress
+            model,
+            tokenizer,
+            rows,
+            reward.verify,
+            settings,
+            max_new_tokens=completion_limit(config),
+            progress=progress,
         )
     if reward is not None:
         _refuse_failing(result, reward)
@@ -145,16 +151,17 @@ def check_context(config: RunConfig, model: Any, longest: int) -> None:
     if TASKS[config.task].scores:
         return
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and longest + _limit(config) > context:
+    if context is not None and longest + completion_limit(config) > context:
         raise RunError(
             f"the evaluation does not fit the model: its longest prompt has {longest} tokens, and with "
-            f"{_limit(config)} new ones it exceeds the context of {context}. Set evaluate.max_new_tokens to "
-            f"at most {max(context - longest, 0)}, or leave out longer prompts with data.max_prompt_tokens "
-            "and data.over_length=filter"
+            f"{completion_limit(config)} new ones it exceeds the context of {context}. Set "
+            f"evaluate.max_new_tokens to at most {max(context - longest, 0)}, or leave out longer prompts "
+            "with data.max_prompt_tokens and data.over_length=filter"
         )
 
 
-def _limit(config: RunConfig) -> int:
+def completion_limit(config: RunConfig) -> int:
+    """Return the longest sampled completion of an evaluation, in tokens."""
     limit = config.evaluate.max_new_tokens if config.evaluate else None
     default = CONTINUATION if TASKS[config.task].pairs else 512
     return int(limit or config.trainer.get("max_completion_length") or default)

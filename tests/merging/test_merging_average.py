@@ -17,7 +17,13 @@ from typer.testing import CliRunner
 
 from posttrain.cli import app
 from posttrain.merging.average import MergeError, average, normalised
-from posttrain.merging.formulas import best_of_n, best_of_n_kl, connectivity_gap, pair_accuracy
+from posttrain.merging.formulas import (
+    best_of_n,
+    best_of_n_kl,
+    connectivity_gap,
+    pair_accuracy,
+    pick_win_rate,
+)
 
 
 def save(model, folder, **options):
@@ -64,6 +70,8 @@ def test_best_of_n_is_the_mean_over_all_subsets():
         assert best_of_n(proxy, gold, n) == pytest.approx(sum(picked) / len(picked)), n
     assert best_of_n(proxy, gold, 1) == 3.0
     assert best_of_n(proxy, gold, 5) == 2.0
+    assert pick_win_rate(proxy, gold, 1) == 0.5  # a random pick against a random sample
+    assert pick_win_rate(proxy, gold, 5) == (1 + 0.5) / 5  # gold 2 beats 1 and ties with itself
     with pytest.raises(ValueError, match="at least as many"):
         best_of_n(proxy, gold, 6)
 
