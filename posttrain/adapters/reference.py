@@ -96,7 +96,7 @@ def keep_initial(policy: PeftModel) -> None:
         devices = [policy.device] if policy.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):  # adding an adapter draws its initial values
-                policy.add_adapter(REFERENCE, _harmless(config))
+                policy.add_adapter(REFERENCE, harmless(config))
         except Exception as error:
             raise AdapterError(
                 f"the reference of a run is its initial policy, here the model with its {kind} adapter as it "
@@ -135,7 +135,7 @@ def copied_safely(model: Any) -> Iterator[None]:
         return
     trained = model.active_adapters[0]
     config = model.peft_config[trained]
-    model.peft_config[trained] = _harmless(config)
+    model.peft_config[trained] = harmless(config)
     try:
         yield
     finally:
@@ -143,11 +143,11 @@ def copied_safely(model: Any) -> Iterator[None]:
 
 
 def load_beside_reference(policy: Any, checkpoint: str) -> None:
-    """Load the trained adapter of a checkpoint that also holds the reference.
+    """Load the trained adapter of a checkpoint that also holds others, such as the reference.
 
-    transformers loads the adapters of subfolders (the reference) and then forgets the one beside them.
+    transformers loads the adapters of subfolders and then forgets the one beside them.
     """
-    if isinstance(policy, PeftModel) and {REFERENCE, "default"} <= policy.peft_config.keys():
+    if isinstance(policy, PeftModel) and "default" in policy.peft_config and len(policy.peft_config) > 1:
         policy.load_adapter(checkpoint, "default", is_trainable=True)
 
 
@@ -233,7 +233,7 @@ def _drops_out(policy: Any) -> bool:
     return bool(functional) or any(module.p > 0 for module in modules)
 
 
-def _harmless(config: PeftConfig) -> PeftConfig:
+def harmless(config: PeftConfig) -> PeftConfig:
     """Return a configuration whose adapter has the same tensors, leaves the base alone."""
     neutral: Any = copy.deepcopy(config)
     if hasattr(neutral, "init_lora_weights"):

@@ -299,6 +299,10 @@ class Method(BaseModel):
     def optimizer_step(self) -> None:
         """Act once per optimiser step, the same on every rank."""
 
+    def finish(self, model: torch.nn.Module) -> None:
+        """Finish the model, unwrapped, when training has come to its end."""
+        del model
+
     def report(self) -> dict[str, Any] | None:
         """Return what to write to ``OUTPUT_DIR/NAME.json`` when training ends, or None."""
         return None

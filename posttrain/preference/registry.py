@@ -15,6 +15,7 @@ _MACHINERY = frozenset(
         "diagnostics",
         "kl",
         "lists",
+        "passes",
         "probe",
         "trainer",
         "trainers",

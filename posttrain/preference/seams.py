@@ -27,6 +27,9 @@ from posttrain.preference.kl import forward_with_kl
 class PairSeams(InitialPolicy, TRLDPOTrainer):
     """TRL's trainer with hooks; with the hooks' defaults it is TRL, bit for bit, but for wrong references."""
 
+    # outputs of the reference's latest forward, while several passes over one batch share them
+    _reference_outputs: list[Any] | None = None
+
     @property
     def wants_kl(self) -> bool:
         """Whether the outputs that :meth:`on_forward` gets have ``kl``."""
@@ -113,6 +116,8 @@ class PairSeams(InitialPolicy, TRLDPOTrainer):
         watch: Callable[[Any], AbstractContextManager[Any]] = lambda _: contextlib.nullcontext(),
     ) -> Any:
         """Run the reference on what the policy was given, in the context that ``watch`` makes."""
+        if self._reference_outputs:
+            return self._reference_outputs[0]
         policy: Any = self.model
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         # a frozen model has no use for router logits
@@ -124,7 +129,19 @@ class PairSeams(InitialPolicy, TRLDPOTrainer):
             self.on_reference(unwrapped),
             watch(unwrapped),
         ):
-            return reference(**kwargs)
+            outputs = reference(**kwargs)
+        if self._reference_outputs is not None:
+            self._reference_outputs.append(outputs)
+        return outputs
+
+    @contextlib.contextmanager
+    def one_reference(self) -> Iterator[None]:
+        """Run the reference once for all passes within, which are over one batch."""
+        self._reference_outputs = []
+        try:
+            yield
+        finally:
+            self._reference_outputs = None
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[tuple[Any, torch.nn.Module]]:

@@ -29,6 +29,7 @@ from posttrain.methods import vet, write_reports
 from posttrain.preference import diagnostics
 from posttrain.preference.lists import ListPath
 from posttrain.preference.method import Batch, Method
+from posttrain.preference.passes import TwoAdapters, refuse, two_passes
 from posttrain.preference.probe import Probing
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import Setup
@@ -57,6 +58,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
 
     Attributes:
         modules_of_methods: What methods train beside the policy, by their names.
+        finished: Whether a method has finished the model, which then is not that of the last checkpoint.
 
     Raises:
         ValueError: Two methods of one name, or a setup that a method refuses.
@@ -80,6 +82,8 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
         check_methods(self.methods, given.get("args"), adapter=adapter)
         self._replacing = next((method for method in self._active if method.replaces_loss), None)
         self.list_settings = next((m.lists for m in self._active if m.lists is not None), None)
+        self._pair = next((method for method in self._active if isinstance(method, TwoAdapters)), None)
+        self.finished = False
         self._numbered = any(method.wants_ids for method in self._active)
         self._gauges = Gauges()
         self._batch: Batch | None = None
@@ -91,6 +95,8 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
         self.start_lists()
         if self._numbered:
             self.data_collator = WithColumns(self.data_collator, (ID,))
+        if self._pair is not None:
+            refuse(self, self._pair, selection)
         self._start_methods()
         self.start_selection(selection)
 
@@ -185,7 +191,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
             weighed = rows * weighed
         changed = token_weights is not None or rows is not None or terms is not None
         correction = weighed - ratios + (0.0 if terms is None else terms) if changed else None
-        self._scores = ratios if correction is None else ratios + correction
+        self.scores = ratios if correction is None else ratios + correction
         return correction
 
     def _with(self, batch: Batch) -> Iterator[Method]:
@@ -197,7 +203,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
 
     def on_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Add what methods add; the loss of the one that replaces it takes the place of TRL's."""
-        batch, scores = self._batch, self._scores
+        batch, scores = self._batch, self.scores
         assert batch is not None
         for method in self._with(batch):
             if method is self._replacing:
@@ -208,11 +214,16 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
             method.watch(batch, scores.detach())
         self._log_pairs(batch, scores.detach())
         self._batch, self._watched = None, {}
-        del self._scores
+        if self._pair is None:
+            del self.scores  # and with them the graph
+        self.flush_gauges()
+        return loss
+
+    def flush_gauges(self) -> None:
+        """Add what methods have logged to the numbers of this mode; collective."""
         means, maxima = self._gauges.flush(self.accelerator)
         for name, value in {**means, **maxima}.items():
             self._metrics[self._mode][name].append(value)
-        return loss
 
     def _log_pairs(self, batch: Batch, scores: torch.Tensor) -> None:
         how = diagnostics.Comparison(
@@ -231,6 +242,12 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
         diagnostics.log_pairs(self._gauges, batch, tokens, margin)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if self._pair is None or self._mode == "eval" or self.finished:
+            return self.one_pass(model, inputs, return_outputs)
+        return two_passes(self, self._pair, model, inputs)
+
+    def one_pass(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """Return TRL's loss, with what methods make of it, of the adapter that is active."""
         if self._replacing is None:
             return super()._compute_loss(model, inputs, return_outputs)
         weights = self.loss_weights
@@ -245,8 +262,12 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make TRL's optimiser, with what methods train in groups of their own."""
         fresh = self.optimizer is None
+        if self._pair is not None:  # what does not require a gradient now never gets one
+            self._pair.activate(self._pair.adapters[0])
         optimizer = super().create_optimizer(model)
         if fresh:
+            if self._pair is not None:
+                self._pair.regroup(optimizer)
             for method in self._active:
                 module = self.modules_of_methods.get(method.name)
                 for group in [] if module is None else method.parameter_groups(module):
@@ -258,18 +279,42 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
         if self._stepped:  # transformers clears the gradients of its model only
             for module in self.modules_of_methods.values():
                 module.zero_grad()
-        loss = super().training_step(*args, **kwargs)
+        alone = self._pair is not None and self.accelerator.num_processes > 1
+        with self.accelerator.no_sync(self.model_wrapped) if alone else contextlib.nullcontext():
+            loss = super().training_step(*args, **kwargs)
         self._stepped = self.accelerator.sync_gradients
         if self._stepped:
             if self.accelerator.num_processes > 1:
                 self._average_gradients()
+                if self._pair is not None:
+                    self._pair.average_gradients(self.accelerator)
+            if self._pair is not None and self.accelerator.scaler is None:
+                self._pair.guard()
             for method in self._active:
                 method.optimizer_step()
         return loss
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip; two adapters each by itself, as if they were alone."""
+        if self._pair is None:
+            return super()._clip_grad_norm(model)
+        norms = [
+            self.accelerator.clip_grad_norm_(module, self.args.max_grad_norm)
+            for module in self._pair.trained()
+        ]
+        return norms[0]
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; at the end write down what methods report."""
+        """Train; when it has come to its end, methods finish the model and write down what they report."""
         result = super().train(*args, **kwargs)
+        for method in self._active:
+            if type(method).finish is Method.finish:
+                continue
+            if self.state.global_step >= self.state.max_steps:
+                method.finish(self.accelerator.unwrap_model(self.model))
+                self.finished = True
+            else:
+                logger.warning("%s: training stopped early, the model was not finished", method.name)
         if self.args.should_save:
             write_reports(self._active, self.args.output_dir)
         return result

@@ -7,6 +7,7 @@ from typing import Any
 import support
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from trl import DPOConfig
 from trl import DPOTrainer as TRLDPOTrainer
 
@@ -59,7 +60,8 @@ def trainer(
         "max_steps": 4,
     }
     settings = defaults | settings
-    if reference is None and peft_config is None and not settings.get("precompute_ref_log_probs"):
+    adapter = peft_config is not None or isinstance(model, PeftModel)
+    if reference is None and not adapter and not settings.get("precompute_ref_log_probs"):
         reference = support.model(dtype=dtype)
     options: dict[str, Any] = {} if trl else {"methods": methods, "probe_dataset": probe_dataset}
     return (TRLDPOTrainer if trl else DPOTrainer)(
