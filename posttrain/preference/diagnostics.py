@@ -3,8 +3,8 @@ r"""What happens to likelihoods in preference optimisation: gauges of every run 
 A preference loss only sees a difference of two log-ratios. These numbers say how it was made: rho(y) is the
 sum over an answer's tokens of log pi - log ref in nats (with ``ld_alpha``, the sum it weighs), y_w the chosen
 and y_l the rejected answer, T their tokens; z is what the active loss puts into its sigmoid, methods and
-f-divergence included. Means are over pairs, exact over ranks; in an evaluation every name begins with
-``eval_``.
+f-divergence included. Means are over pairs, exact over ranks, and of several micro-batches the mean, as TRL's
+own numbers; in an evaluation every name begins with ``eval_``, but for the probe's.
 
 ==============================  ====================================================================
 ``logps_per_token/chosen``      mean log pi over all chosen tokens, and ``/rejected``; nats per token

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from posttrain.preference.flex_dpo import FlexDPO, flex_weights
 from posttrain.preference.rpo import RPO
+from posttrain.preference.tdpo import TDPO
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 
@@ -196,3 +197,51 @@ def test_toy_experiment():
         (line,) = (line for line in toy.__doc__.splitlines() if f"    {name:<30}" in line)
         assert [chosen, rest] == pytest.approx([float(line.split()[place]) for place in (-3, -1)], abs=0.02)
         assert name == "reference" or rejected < 1e-6
+
+
+def test_padding_and_accumulation_change_nothing(tmp_path):
+    method = FlexDPO(beta_rejected=0.1)
+    run = pairs.trainer(tmp_path, methods=[method], beta=0.3, reference=support.model(seed=1))
+    inputs = run.data_collator(list(run.train_dataset)[:4])
+    padded = {name: torch.nn.functional.pad(value, (0, 5)) for name, value in inputs.items()}
+    losses = [run.compute_loss(run.model, dict(batch)).item() for batch in (inputs, padded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    logs = [
+        pairs.history(pairs.trainer(tmp_path, methods=[method], beta=0.3, max_steps=2, **settings))
+        for settings in ({}, parts)
+    ]
+    for left, right in zip(*logs, strict=True):
+        for key in {"loss", "grad_norm", "rewards/margins", "grad_scale", "shift/chosen"} & left.keys():
+            assert left[key] == pytest.approx(right[key], rel=1e-3, abs=1e-6), key
+
+
+def test_the_kl_term_of_tdpo_keeps_beta_and_rpo_its_own(tmp_path):
+    """z = beta rho(y_w) - beta_rejected rho(y_l) - beta alpha (SeqKL(y_l) - SeqKL(y_w)); RPO comes on top."""
+    beta, rejected, alpha, eta = 0.3, 0.12, 0.5, 0.02
+    run = pairs.trainer(
+        tmp_path,
+        methods=[FlexDPO(beta_rejected=rejected), TDPO(variant=2, alpha=alpha), RPO(eta=eta)],
+        reference=support.model(seed=1),
+        beta=beta,
+    )
+    inputs = run.data_collator(list(run.train_dataset)[:4])
+    value = run.compute_loss(run.model, dict(inputs)).item()
+    ids, mask = inputs["input_ids"], inputs["completion_mask"][:, 1:].bool()
+    with torch.no_grad():
+        p, q = (
+            model.double()(input_ids=ids, attention_mask=inputs["attention_mask"])
+            .logits[:, :-1]
+            .log_softmax(-1)
+            for model in (support.model(), support.model(seed=1))
+        )
+    tokens = ids[:, 1:, None]
+    sums = torch.where(mask, p.gather(2, tokens).squeeze(2), 0.0).sum(1)
+    ratios = sums - torch.where(mask, q.gather(2, tokens).squeeze(2), 0.0).sum(1)
+    kl = torch.where(mask, (q.exp() * (q - p)).sum(-1), 0.0).sum(1)
+    z = beta * ratios[:4] - rejected * ratios[4:] - beta * alpha * (kl[4:] - kl[:4])
+    expected = -torch.nn.functional.logsigmoid(z).mean() - eta * beta * sums[:4].mean()
+    assert value == pytest.approx(expected.item(), rel=1e-4)
+    assert run._metrics["train"]["grad_scale"] == [
+        pytest.approx((beta * torch.sigmoid(-z)).mean().item(), rel=1e-3)
+    ]
