@@ -29,6 +29,7 @@ class LengthReport:
         mean: Mean length.
         percentiles: Length by percentile (50, 90, 99): so many percent of the rows are not longer.
         longest: The largest length.
+        longest_kept: The largest length of the rows that are left.
         limit: Longest length allowed, or None.
         over: Rows over the limit.
         kept: Rows that are left.
@@ -39,6 +40,7 @@ class LengthReport:
     mean: float
     percentiles: dict[int, int]
     longest: int
+    longest_kept: int
     limit: int | None
     over: int
     kept: int
@@ -98,6 +100,7 @@ def apply_length_policy(
         # "higher" gives the length of a row that exists
         percentiles={p: int(np.percentile(lengths, p, method="higher")) for p in PERCENTILES},
         longest=int(lengths.max()),
+        longest_kept=int(lengths[fits].max(initial=0)),
         limit=max_prompt_tokens,
         over=over,
         kept=len(lengths) - over,

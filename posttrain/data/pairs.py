@@ -189,7 +189,7 @@ def apply_pair_lengths(
     *,
     whole: bool,
     context: int | None = None,
-) -> tuple[Dataset, str]:
+) -> tuple[Dataset, str, int]:
     """Count the tokens of all pairs and apply the policy to those that cannot be trained on.
 
     Args:
@@ -202,18 +202,16 @@ def apply_pair_lengths(
         context: Longest sequence of the model.
 
     Returns:
-        The pairs that can be trained on, and a sentence with the counts.
+        The pairs that can be trained on, a sentence with the counts, and the tokens of their longest prompt.
 
     Raises:
         DataError: Pairs that do not fit under ``refuse``, none left, or sequences longer than the context.
     """
     encoded = [encode_pair(tokenizer, row, None) for row in dataset]
     longest = np.asarray([max(len(a), len(b)) for a, b, _ in encoded])
-    if whole:
-        unfit = np.zeros(len(encoded), bool) if max_length is None else longest > max_length
-    else:
-        begins = np.asarray([begin for _, _, begin in encoded])
-        unfit = np.zeros(len(encoded), bool) if max_length is None else begins >= max_length
+    begins = np.asarray([begin for _, _, begin in encoded])
+    limit = np.inf if max_length is None else max_length
+    unfit = longest > limit if whole else begins >= limit
     over = int(unfit.sum())
     if over:
         what = "are longer than" if whole else "have a prompt that leaves no room for an answer within"
@@ -237,7 +235,7 @@ def apply_pair_lengths(
     text = f"{len(kept)} pairs, length median {int(np.median(kept))}, longest {int(kept.max())} tokens"
     text += f", {cut} with an answer cut at {max_length}" if cut else ""
     text += f", {over} left out because they do not fit {max_length}" if over else ""
-    return (dataset.select(np.flatnonzero(~unfit)) if over else dataset), text
+    return (dataset.select(np.flatnonzero(~unfit)) if over else dataset), text, int(begins[~unfit].max())
 
 
 def _ended(text: str, tokenizer: Any) -> str:

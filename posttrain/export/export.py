@@ -39,6 +39,7 @@ from posttrain.export.verify import (
     weights_fingerprint,
 )
 from posttrain.models.load import ADAPTER_CONFIG, BUNDLED_BASE, DELTA_FILE
+from posttrain.models.scoring import no_report
 from posttrain.run.directory import RunDirectory
 from posttrain.selection.delta import write_delta
 from posttrain.selection.delta_apply import files_beside, load_delta
@@ -443,7 +444,8 @@ def _load_plain(folder: Path, base: str | None, live: _Model) -> _Model:
     if base is None:
         return kind.from_pretrained(folder, **options)
     revision = json.loads((folder / ADAPTER_CONFIG).read_text()).get("revision")
-    model = kind.from_pretrained(base, revision=revision, **options)
+    with no_report() if is_scorer(live) else contextlib.nullcontext():  # the adapter has the head
+        model = kind.from_pretrained(base, revision=revision, **options)
     return PeftModel.from_pretrained(model, str(folder))
 
 

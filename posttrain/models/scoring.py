@@ -126,7 +126,7 @@ def _from_pretrained(config: ModelConfig, seed: int | None) -> PreTrainedModel:
                 f"{path!r} is a classifier with {settings.num_labels} labels; a reward model has one"
             )
         settings.num_labels = 1
-        with _head_seed(seed or 0), _no_report():
+        with _head_seed(seed or 0), no_report():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 config=settings,
@@ -155,8 +155,8 @@ def _from_pretrained(config: ModelConfig, seed: int | None) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _no_report() -> Iterator[None]:
-    """Keep transformers from reporting the head as missing: that is looked at here."""
+def no_report() -> Iterator[None]:
+    """Keep transformers from reporting a head that is missing, where that is looked at or made good."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

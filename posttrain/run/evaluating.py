@@ -120,8 +120,8 @@ def reference_of(config: RunConfig, model: Any = None) -> Reference:
     return give
 
 
-def fitting_pairs(config: RunConfig, rows: Dataset, model: Any, tokenizer: Any) -> tuple[Dataset, str]:
-    """Return the rendered pairs that can be trained on, and the counts in words.
+def fitting_pairs(config: RunConfig, rows: Dataset, model: Any, tokenizer: Any) -> tuple[Dataset, str, int]:
+    """Return the rendered pairs that can be trained on, counts in words, and the longest prompt in tokens.
 
     Raises:
         posttrain.data.DataError: See :func:`posttrain.data.pairs.apply_pair_lengths`.

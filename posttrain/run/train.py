@@ -221,9 +221,10 @@ class _Run:
             f"longest {lengths.longest} tokens{left_out}"
         )
         if TASKS[self.config.task].pairs:
-            rows, counts = fitting_pairs(self.config, rows, model, self.tokenizer)
+            rows, counts, longest = fitting_pairs(self.config, rows, model, self.tokenizer)
             self.say(f"{name}: {counts}")
-        return rows, lengths.longest if lengths.column == "prompt" else 0
+            return rows, longest
+        return rows, lengths.longest_kept if lengths.column == "prompt" else 0
 
     def _describe(self, data: LoadedData) -> None:
         """Write down what is about to run."""

@@ -121,9 +121,10 @@ def evaluate_path(path: str, config: RunConfig, *, out: Path | None = None) -> E
     rows = render(data.eval, tokenizer, config.data)
     limits = (config.data.max_prompt_tokens, config.data.over_length)
     rows, lengths = apply_length_policy(rows, tokenizer, *limits)
-    check_context(config, model, lengths.longest)
+    longest = lengths.longest_kept
     if TASKS[config.task].pairs:
-        rows = fitting_pairs(config, rows, model, tokenizer)[0]
+        rows, _, longest = fitting_pairs(config, rows, model, tokenizer)
+    check_context(config, model, longest)
     try:
         rewards = build_rewards(config.rewards[:1], data)
     except (ValueError, VerifierStartError) as error:

@@ -192,12 +192,12 @@ def test_lengths_are_counted_refused_or_left_out_never_dropped_in_silence():
         return apply_pair_lengths(rows, tokenizer, limit, policy, **{"whole": False, **options})
 
     # prompt and answer end at 12, 15, 22 and 30 tokens, the end token included
-    kept, text = apply(13)
-    assert [len(row["prompt"]) for row in kept] == [2, 5, 12]
+    kept, text, longest = apply(13)
+    assert [len(row["prompt"]) for row in kept] == [2, 5, longest]
     assert "2 with an answer cut at 13, 1 left out" in text
     with pytest.raises(DataError, match=r"1 of 4 pairs have a prompt that leaves no room .* to 21"):
         apply(13, "refuse")
-    kept, _ = apply(15, whole=True)
+    kept, _, _ = apply(15, whole=True)
     assert [len(row["prompt"]) for row in kept] == [2, 5]
     with pytest.raises(DataError, match=r"2 of 4 pairs are longer than trainer.max_length=15 .* to 30"):
         apply(15, "refuse", whole=True)
