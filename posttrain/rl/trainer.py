@@ -3,7 +3,8 @@
 The trainer knows stages, not methods. Each micro-step it multiplies the policy term of every token by the
 product of the methods' weights and adds the sum of their penalties; each rollout it lets them reshape
 rewards and advantages. What several methods need is computed once. With ``methods=[]``, or with every method
-at its neutral setting, nothing below runs and the result is TRL's, bit for bit.
+at its neutral setting, nothing below runs and the result is TRL's, bit for bit; only where TRL takes
+another model for the initial policy (some adapters, :mod:`posttrain.adapters.reference`) that is put right.
 
 How weights reach TRL's loss: every ``loss_type`` is positively homogeneous in the advantage, so a weight
 w >= 0 on the advantage is a weight on the policy term. TRL accepts per-token advantages.

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig
 
 from posttrain import DPOTrainer, GRPOTrainer
-from posttrain.adapters.reference import AdapterError, start_gap
+from posttrain.adapters.reference import AdapterError, hides_start, start_gap
 
 SOME = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 SOFT = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
@@ -278,6 +278,14 @@ def test_the_kl_term_of_grpo_starts_at_0(tmp_path, init, copied):
     run.train()
     assert ("ref" in run.model.peft_config) == copied
     assert support.logged(run, "kl")[0][0] < 1e-9
+
+
+@pytest.mark.parametrize("name", ["lora", "gaussian", "random", "fourierft"])
+def test_where_nothing_can_be_measured_the_kind_decides(name):
+    """Under DeepSpeed ZeRO-3 and on the ranks of FSDP that load nothing, weights are not at hand."""
+    with torch.device("meta"):
+        policy = get_peft_model(support.model(), made(ALL[name], None))
+    assert hides_start(policy) == (name in MOVED)
 
 
 # ---- the check of step 0 ---------------------------------------------------------------------------------
