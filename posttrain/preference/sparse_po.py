@@ -186,12 +186,12 @@ class SparsePO(Method):
 
     def parameter_groups(self, module: torch.nn.Module) -> list[dict[str, Any]]:
         """Return groups with weight decay on matrices only, and the policy's learning rate."""
-        matrices, others = [], []
+        groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
         for name, parameter in module.named_parameters():
-            (matrices if name.endswith((".weight", ".mix")) else others).append(parameter)
+            groups[name.endswith((".weight", ".mix"))].append(parameter)
         return [
-            {"params": matrices, "weight_decay": self.mask_weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": groups[True], "weight_decay": self.mask_weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
         ]
 
     def watch_reference(self, reference: torch.nn.Module, mask: torch.Tensor) -> AbstractContextManager[Any]:
@@ -221,7 +221,7 @@ class SparsePO(Method):
                 values = self._bounded(networks[name](states))
             target = batch.mask.to(device)
             made[name] = values.new_zeros(target.shape).masked_scatter(target, values).to(batch.mask.device)
-        return {name: made.get("both", made.get(name)) for name in names}
+        return {name: made["both" if self.shared else name] for name in names}
 
     def _bounded(self, values: torch.Tensor) -> torch.Tensor:
         return values if self.mask_max is None else values.clamp(max=self.mask_max)

@@ -72,7 +72,7 @@ class MaskNetwork(torch.nn.Module):
                 f"the mask network was made for the policy's {shape[0]} layers of width {shape[1]}, the "
                 f"reference has {len(states)} of {states[0].size(-1)}: use a reference of the same shape"
             )
-        summed = 0.0
+        summed: Any = 0.0
         for layer, h in enumerate(states):
             w = self.weight[layer]
             gain = self.norm_weight * w
@@ -82,7 +82,7 @@ class MaskNetwork(torch.nn.Module):
             raw = scale * (_Product.apply(h, gain) - mean * gain.sum())
             z = self._drop((raw + self.norm_bias @ w + self.bias[layer]).relu())
             summed = summed + self.mix[layer] * z
-        return self._drop(torch.as_tensor(summed).relu())
+        return self._drop(summed.relu())
 
     def _drop(self, values: torch.Tensor) -> torch.Tensor:
         if not self.dropout:

@@ -1,0 +1,220 @@
+r"""Time and memory of a step of preference methods, against ``trl.DPOTrainer``'s ``sigmoid``; JSON on stdout.
+
+Time: all arms live in one process and take turns step by step, on the same pairs of random tokens; the ratios
+are of neighbouring steps. With one thread on a CPU the processor time of the step is the better measure on a
+busy machine. Memory is the peak of a process (on Linux) or device that runs one arm alone, in full and above
+what is there before the trainer is made. Every arm trains all weights against a reference model;
+``--adapter`` trains LoRA against the model without it.
+
+A step of TRL reads the LM head five times (forward of both models; backward of the policy for the logits, the
+hidden states and the weights), one with the exact divergence six times (the reference's logits once more). On
+a CPU, TRL's head also scores prompts and padding, the exact divergence completions only; ``--prompt 1
+--shortest 64`` leaves nearly nothing of either.
+
+Arms: ``trl``, ``off`` (ours with ``methods=[]``), then one per ``--arm NAME=METHODS``, where METHODS is JSON
+of names and parameters::
+
+    MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 \
+        python scripts/bench/bench_preference.py
+
+runs the arms of :data:`ARMS` at the vocabulary of Qwen, with glibc told to keep its memory (otherwise page
+faults are more than half of TRL's step, see ``bench_step.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_step import TakeTurns
+from common import (
+    SIZES,
+    Turns,
+    in_own_processes,
+    model,
+    parser,
+    peak_resident,
+    quiet,
+    ratios,
+    report,
+    resident,
+    tokenizer,
+)
+from datasets import Dataset
+from peft import LoraConfig
+from transformers.trainer_callback import PrinterCallback
+from trl import DPOConfig
+from trl import DPOTrainer as TRLDPOTrainer
+
+from posttrain import DPOTrainer
+from posttrain.preference import registry
+
+ARMS = {
+    "tdpo": {"tdpo": {"variant": 2}},
+    "sparse_po": {"sparse_po": {}},
+    "mapo": {"sparse_po": {"token_mask": "mapo"}},
+    "rpo": {"rpo": {}},
+    "flex_dpo": {"flex_dpo": {}},
+    "lipo": {"lipo": {}},
+}
+
+
+def pairs(options: argparse.Namespace) -> Dataset:
+    """Return tokenised pairs; responses have from the shortest length up to the longest."""
+    draw = torch.Generator().manual_seed(1)
+    vocabulary = SIZES[options.size]["vocab_size"]
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(2, vocabulary, (length,), generator=draw).tolist()
+
+    def response() -> list[int]:
+        return tokens(int(torch.randint(options.shortest, options.tokens + 1, (1,), generator=draw)))
+
+    rows = range(options.pairs * 8)
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [tokens(options.prompt) for _ in rows],
+            "chosen_ids": [response() for _ in rows],
+            "rejected_ids": [response() for _ in rows],
+        }
+    )
+
+
+def build(arm: str, options: argparse.Namespace, folder: Path) -> TRLDPOTrainer:
+    """Return the trainer of an arm."""
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    adapter = options.adapter == "lora"
+    arguments: dict[str, Any] = {
+        "model": model(options.size, dtype, options.layers),
+        "ref_model": None if adapter else model(options.size, dtype, options.layers),
+        "args": DPOConfig(
+            output_dir=str(folder / arm),
+            use_cpu=not torch.cuda.is_available(),
+            bf16=options.dtype == "autocast_bfloat16",
+            per_device_train_batch_size=options.pairs,
+            learning_rate=1e-5,
+            max_steps=options.steps,
+            logging_steps=1000,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            gradient_checkpointing=options.checkpointing,
+            max_length=None,
+        ),
+        "train_dataset": Dataset.from_dict({"prompt": ["a"], "chosen": ["a"], "rejected": ["a"]}),
+        "processing_class": tokenizer(),
+        "peft_config": LoraConfig(r=8, target_modules="all-linear") if adapter else None,
+    }
+    torch.manual_seed(0)
+    if arm == "trl":
+        trainer = TRLDPOTrainer(**arguments)
+    else:
+        trainer = DPOTrainer(**arguments, methods=registry.build(options.arms.get(arm, {})))
+    trainer.train_dataset = pairs(options)  # TRL takes no tokens from outside
+    trainer.remove_callback(PrinterCallback)  # stdout is for the JSON
+    return trainer
+
+
+def times(names: list[str], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run all arms in turns; return seconds and ratios against TRL."""
+    turns = Turns(len(names))
+    trainers = {name: build(name, options, folder) for name in names}
+    clocks = {name: TakeTurns(turns, place) for place, name in enumerate(names)}
+    failures: list[BaseException] = []
+
+    def train(name: str) -> None:
+        try:
+            torch.set_num_threads(options.threads)
+            trainers[name].add_callback(clocks[name])
+            trainers[name].train()
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    threads = [threading.Thread(target=train, args=(name,), daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.5)
+            if failures:
+                raise failures[0]
+    base = list(zip(*clocks["trl"].steps[options.warmup :], strict=True))
+    found = {}
+    for name in names:
+        wall, processor = zip(*clocks[name].steps[options.warmup :], strict=True)
+        found[name] = {
+            "seconds": sum(wall) / len(wall),
+            "wall": ratios(wall, base[0]),
+            "processor": ratios(processor, base[1]),
+        }
+    return found
+
+
+def memory_of(arm: str, options: argparse.Namespace, folder: Path) -> dict[str, int]:
+    """Train one arm for a few steps; return bytes."""
+    before = resident()
+    build(arm, options, folder).train()
+    return {"before": before, "peak": peak_resident()}
+
+
+def main() -> None:
+    """Measure and print."""
+    made = parser(__doc__)
+    made.add_argument(
+        "--arm", action="append", default=[], metavar="NAME=METHODS", help="instead of the built-in arms"
+    )
+    made.add_argument("--size", default="wide", choices=sorted(SIZES), help="model (wide)")
+    made.add_argument("--layers", type=int, help="layers of the model (those of the size)")
+    made.add_argument("--adapter", default="full", choices=["full", "lora"], help="what trains (full)")
+    made.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "autocast_bfloat16"], help="(float32)"
+    )
+    made.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    made.add_argument("--no-time", action="store_true", help="memory only")
+    made.add_argument("--no-memory", action="store_true", help="time only")
+    for name, default in {
+        "pairs": 4, "prompt": 8, "shortest": 16, "tokens": 64, "steps": 24, "warmup": 4
+    }.items():  # fmt: skip
+        made.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
+    made.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = made.parse_args()
+    written = {
+        name: json.loads(methods or "{}") for name, _, methods in (a.partition("=") for a in options.arm)
+    }
+    known = registry.available()
+    options.arms = written or {name: methods for name, methods in ARMS.items() if set(methods) <= set(known)}
+    quiet(options)
+    names = ["trl", "off", *options.arms]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.memory_of:
+            options.steps = 3
+            print(json.dumps(memory_of(options.memory_of, options, folder)))
+            return
+        results: dict[str, Any] = {}
+        if not options.no_memory:
+            # first, while this process holds nothing
+            found = dict(zip(names, in_own_processes([["--memory-of", arm] for arm in names]), strict=True))
+            base = found["trl"]
+            results["memory"] = {
+                arm: {
+                    **row,
+                    "to_trl": row["peak"] / base["peak"],
+                    "above_start_to_trl": (row["peak"] - row["before"]) / (base["peak"] - base["before"]),
+                }
+                for arm, row in found.items()
+            }
+        if not options.no_time:
+            results["time"] = times(names, options, folder)
+    report(options, hidden=("memory_of", "arms", "arm"), arms=options.arms, **results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
