@@ -44,10 +44,11 @@ from common import (
     ratios,
     report,
     resident,
-    tokenizer,
 )
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig
 from trl import DPOTrainer as TRLDPOTrainer
@@ -65,24 +66,28 @@ ARMS = {
 }
 
 
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose words are the numbers of its tokens."""
+    words = {"<pad>": 0, "<eos>": 1, **{str(number): number for number in range(2, vocabulary)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="2"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
 def pairs(options: argparse.Namespace) -> Dataset:
-    """Return tokenised pairs; responses have from the shortest length up to the longest."""
+    """Return pairs of random tokens; responses have from the shortest length up to the longest."""
     draw = torch.Generator().manual_seed(1)
     vocabulary = SIZES[options.size]["vocab_size"]
 
-    def tokens(length: int) -> list[int]:
-        return torch.randint(2, vocabulary, (length,), generator=draw).tolist()
-
-    def response() -> list[int]:
-        return tokens(int(torch.randint(options.shortest, options.tokens + 1, (1,), generator=draw)))
+    def text(low: int, high: int) -> str:
+        length = int(torch.randint(low, high + 1, (1,), generator=draw)) - 1  # and the end
+        return " " + " ".join(map(str, torch.randint(3, vocabulary, (length,), generator=draw).tolist()))
 
     rows = range(options.pairs * 8)
+    names = ("chosen", "rejected")
     return Dataset.from_dict(
-        {
-            "prompt_ids": [tokens(options.prompt) for _ in rows],
-            "chosen_ids": [response() for _ in rows],
-            "rejected_ids": [response() for _ in rows],
-        }
+        {"prompt": [text(options.prompt + 1, options.prompt + 1) for _ in rows]}
+        | {name: [text(options.shortest, options.tokens) + " " for _ in rows] for name in names}
     )
 
 
@@ -107,8 +112,8 @@ def build(arm: str, options: argparse.Namespace, folder: Path) -> TRLDPOTrainer:
             gradient_checkpointing=options.checkpointing,
             max_length=None,
         ),
-        "train_dataset": Dataset.from_dict({"prompt": ["a"], "chosen": ["a"], "rejected": ["a"]}),
-        "processing_class": tokenizer(),
+        "train_dataset": pairs(options),
+        "processing_class": tokenizer(SIZES[options.size]["vocab_size"]),
         "peft_config": LoraConfig(r=8, target_modules="all-linear") if adapter else None,
     }
     torch.manual_seed(0)
@@ -116,7 +121,6 @@ def build(arm: str, options: argparse.Namespace, folder: Path) -> TRLDPOTrainer:
         trainer = TRLDPOTrainer(**arguments)
     else:
         trainer = DPOTrainer(**arguments, methods=registry.build(options.arms.get(arm, {})))
-    trainer.train_dataset = pairs(options)  # TRL takes no tokens from outside
     trainer.remove_callback(PrinterCallback)  # stdout is for the JSON
     return trainer
 
@@ -191,6 +195,7 @@ def main() -> None:
     known = registry.available()
     options.arms = written or {name: methods for name, methods in ARMS.items() if set(methods) <= set(known)}
     quiet(options)
+    disable_progress_bars()
     names = ["trl", "off", *options.arms]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
