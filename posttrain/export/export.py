@@ -95,6 +95,7 @@ def export_model(
     base_revision: str | None = None,
     bundle_base: bool | None = None,
     about: Any = None,
+    extras: Sequence[Path] = (),
     overwrite: bool = False,
 ) -> ExportResult:
     """Export a trained model, verified by reloading it.
@@ -115,6 +116,7 @@ def export_model(
             None: when the base has no address because it was built in memory, or the run that is exported
             made it itself (a warm start).
         about: JSON to keep in a delta, for example the selection that was trained.
+        extras: Files to copy beside the model, for example what a method trained besides.
         overwrite: Replace a folder that is not an export of ours; its content is kept in ``NAME.old``.
 
     Raises:
@@ -166,6 +168,8 @@ def export_model(
             _save_weights(_merged_copy(model) if isinstance(model, PeftModel) else model, partial)
             reload_base = None
         tokenizer.save_pretrained(partial)
+        for path in extras:
+            shutil.copyfile(path, partial / path.name)
         comparison = _reload_and_compare(partial, reload_base, model, tokenizer, probes, trained, base_logits)
         if weights_fingerprint(model) != before:
             raise ExportError(

@@ -33,6 +33,7 @@ class Run:
         metrics: (step, values) of each log, in file order; values are finite numbers, NaN for the others.
         summary: Numbers logged once, at the end of training.
         completions: Sampled completions at a few steps spread over the run.
+        pictures: Numbers over the tokens of a few responses: method, title, step, tokens and values by name.
         evaluation: ``before``, ``after``, ``difference`` as far as they exist.
         export: (relative path, bytes) of every exported file.
         warm_start: The supervised stage, or None.
@@ -47,6 +48,7 @@ class Run:
     metrics: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     summary: dict[str, float] = field(default_factory=dict)
     completions: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     export: list[tuple[str, int]] = field(default_factory=list)
     warm_start: Run | None = None
@@ -85,6 +87,8 @@ def read_run(path: Path, label: str) -> Run:
     _read_metrics(run)
     run.evaluation = _evaluation(run)
     run.completions = _read_completions(run)
+    if (path / "mask_examples.json").exists():
+        run.pictures = _pictures(run)
     if (path / "warm_start").is_dir():
         run.warm_start = Run(path / "warm_start", label)
         _read_metrics(run.warm_start)
@@ -122,6 +126,30 @@ def _read_json(run: Run, name: str) -> dict[str, Any]:
         run.notes.append(f"{name} holds a {type(data).__name__} instead of an object; it is left out.")
         return {}
     return data
+
+
+def _pictures(run: Run) -> list[dict[str, Any]]:
+    """Return the good pictures; damaged ones are counted in a note."""
+    data = _read_json(run, "mask_examples.json").get("pictures")
+    pictures = data if isinstance(data, list) else []
+    good = [picture for picture in pictures if _is_picture(picture)]
+    if len(good) < len(pictures) or data is not pictures:
+        run.notes.append(f"mask_examples.json: {len(pictures) - len(good)} of {len(pictures)} are damaged.")
+    return good
+
+
+def _is_picture(picture: Any) -> bool:
+    tokens, values = as_dict(picture).get("tokens"), as_dict(as_dict(picture).get("values"))
+    return (
+        isinstance(tokens, list)
+        and all(isinstance(token, str) for token in tokens)
+        and all(
+            isinstance(row, list)
+            and len(row) == len(tokens)
+            and all(as_number(value) is not None for value in row)
+            for row in values.values()
+        )
+    )
 
 
 def _evaluation(run: Run) -> dict[str, Any]:

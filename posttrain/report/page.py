@@ -79,10 +79,34 @@ def render(runs: Sequence[Run]) -> str:
         groups=curves.build(runs),
         overlay=evaluation.overlay(runs) if len(runs) > 1 else [],
         warm_starts=[(run, curves.build([run.warm_start])) for run in runs if run.warm_start],
+        pictures=[(run, token_rows(run)) for run in runs],
         ends=curves.start_and_end,
         facts=facts,
         command=command,
     )
+
+
+def token_rows(run: Run) -> list[dict[str, Any]]:
+    """Return the rows of coloured tokens: each token with its share of the largest value, and its value."""
+    peaks: dict[tuple[str, str], float] = {}
+    for picture in run.pictures:
+        for name, values in picture["values"].items():
+            key = (str(picture.get("method")), name)
+            peaks[key] = max([peaks.get(key, 0.0), *values])
+    return [
+        {
+            "method": picture.get("method"),
+            "title": picture.get("title"),
+            "name": name,
+            "tokens": [
+                (token, min(max(value / peak, 0.0), 1.0) if peak else 0.0, value)
+                for token, value in zip(picture["tokens"], values, strict=True)
+            ],
+        }
+        for picture in run.pictures
+        for name, values in picture["values"].items()
+        for peak in [peaks[str(picture.get("method")), name]]
+    ]
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

@@ -9,6 +9,8 @@
     RUN/checkpoints/        checkpoint-N folders, each complete
     RUN/finished_model/     the model, where a method changed it after the last checkpoint (SGTM)
     RUN/selection.safetensors  which weights train, where not all do
+    RUN/modules/            what methods trained beside the model, METHOD.safetensors each
+    RUN/mask_examples.json  masks over the tokens of a few responses
     RUN/s3ft.jsonl          training rows with own answers; counts in s3ft.statistics.json
     RUN/warm_start/         the same layout for the supervised stage, and its model
     RUN/evaluation.json     before, after and their difference
@@ -78,6 +80,16 @@ class RunDirectory:
     def selection(self) -> Path:
         """The plan of which weights train."""
         return self.root / "selection.safetensors"
+
+    @property
+    def modules(self) -> Path:
+        """What methods trained beside the model; copied into exports."""
+        return self.root / "modules"
+
+    @property
+    def pictures(self) -> Path:
+        """Numbers that methods have over the tokens of a few responses, for the report."""
+        return self.root / "mask_examples.json"
 
     @property
     def s3ft(self) -> Path:

@@ -51,6 +51,7 @@ def publish(
         format=format,
         card=card_of(run) if run is not None else None,
         bundle_base=_bundle(model, run, pushing=push_to is not None),
+        extras=[] if run is None else sorted(run.modules.glob("*.safetensors")),
         **settings,
     )
     pushed = push(result.folder, push_to, private=private) if push_to else None

@@ -149,6 +149,7 @@ class _Run:
             before = self._evaluated("before", 0, model, held_out, rewards)
             trainer = self._trainer(model, train_rows, held_out, rewards, before)
             self._train(trainer)
+            self.on_main(lambda: self._keep_methods(trainer))
             steps = trainer.state.global_step
             if trainer.selection is not None:
                 last = trainer.selection.plan
@@ -264,6 +265,25 @@ class _Run:
             config.model.model_copy(update={"path": path, "tokenizer": None, "revision": None})
         )
         return model
+
+    def _keep_methods(self, trainer: Any) -> None:
+        """Write down what methods trained beside the model, and what they show of a few responses."""
+        if not TASKS[self.config.task].pairs:
+            return
+        trainer.save_modules(self.run.modules)
+        pictures = [
+            {
+                "method": method.name,
+                "title": picture.title,
+                "step": trainer.state.global_step,
+                "tokens": [self.tokenizer.decode([token]) for token in picture.ids],
+                "values": picture.values,
+            }
+            for method in trainer.methods
+            for picture in method.pictures()
+        ]
+        if pictures:
+            write_json(self.run.pictures, {"pictures": pictures})
 
     def _keep_model(self, trainer: Any, to: Path) -> None:
         partial = to.with_name(f"{to.name}.partial")

@@ -333,3 +333,27 @@ def test_no_damage_inside_valid_json_stops_the_page(tmp_path: Path, seed: int) -
         rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
         (run / name).write_text("".join(json.dumps(mangled(row, chance, rate=0.06)) + "\n" for row in rows))
     assert "Repeat this run" in page(run).text
+
+
+def test_masks_over_tokens(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [
+        {
+            "method": "sparse_po",
+            "title": "chosen",
+            "tokens": ["a", HOSTILE],
+            "values": {"reward": [0.0, 2.0]},
+        },
+        {"method": "sparse_po", "title": "rejected", "tokens": ["b"], "values": {"reward": [0.5], "kl": [0]}},
+        {"method": "sparse_po", "title": "rejected", "tokens": ["b"], "values": {"reward": [0.5, 1.0]}},
+    ]
+    (run / "mask_examples.json").write_text(json.dumps({"pictures": rows}))
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    shares = [value for tag, name, value in page.attributes if tag == "span" and name == "style"]
+    assert [share for share in shares if share.startswith("--m")] == [
+        "--m:0.000", "--m:1.000", "--m:0.250", "--m:0.000",
+    ]  # fmt: skip
+    assert "sparse_po: reward, chosen response" in page.text
+    assert "mask_examples.json: 1 of 3 are damaged." in page.text
+    (run / "mask_examples.json").unlink()
+    assert "Masks over tokens" not in Page(write_report(run).read_text(encoding="utf-8")).text

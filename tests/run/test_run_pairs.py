@@ -174,3 +174,22 @@ def test_a_reward_run_is_evaluated_on_held_out_pairs(job, adapter, monkeypatch, 
     monkeypatch.chdir(run / "export")
     exec(compile(code, "card", "exec"), {})
     assert float(capsys.readouterr().out.splitlines()[-1]) != 0.0
+
+
+def test_what_a_method_trains_besides_is_kept_exported_and_shown(job):
+    method = {"methods": {"sparse_po": {"shared": False, "mask_init": "ones"}}}
+    run, _ = job("preference", method, {"trainer": {"learning_rate": 1e-2}})
+    kept = load_file(run / "modules" / "sparse_po.safetensors")
+    for folder in (run / "checkpoints" / "checkpoint-4", run / "export"):
+        assert_same(kept, load_file(folder / "sparse_po.safetensors"))
+    assert {name.split(".")[0] for name in kept} == {"reward", "kl"}
+    assert (kept["reward.mix"] - 1 / len(kept["reward.mix"])).abs().max() > 1e-3
+    AutoModelForCausalLM.from_pretrained(run / "export")  # the file beside it is in nobody's way
+    (first, *_) = json.loads((run / "mask_examples.json").read_text())["pictures"]
+    assert first["title"] == "chosen"
+    assert "".join(first["tokens"]).startswith(" good ")
+    assert len(first["values"]["reward"]) == len(first["values"]["kl"]) == len(first["tokens"])
+    assert "sparse_po: kl, rejected response" in (run / "report.html").read_text()
+    # the verb exports it too
+    posttrain("export", run, "--to", run.parent / "again")
+    assert_same(kept, load_file(run.parent / "again" / "sparse_po.safetensors"))
