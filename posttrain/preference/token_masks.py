@@ -278,7 +278,7 @@ def mean_logits(hidden: torch.Tensor, head: LMHead) -> torch.Tensor:
 
 _ATTENTION = ("self_attn", "attn", "attention")
 _ATTENTION_OUT = ("o_proj", "c_proj", "dense", "out_proj")
-_MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2")
+_MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
 _ATTENTION_NORM = ("input_layernorm", "ln_1")
 _MLP_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
 

@@ -15,7 +15,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_preference_tdpo import exact, example, gemma
 from torch.nn.functional import logsigmoid
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from posttrain.preference.sparse_po import SparsePO, l1_penalty
 from posttrain.preference.tdpo import TDPO
@@ -180,6 +187,11 @@ def neox(parallel=True):
     return GPTNeoXForCausalLM(config)
 
 
+def gptj():
+    config = GPTJConfig(n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, **TINY)
+    return GPTJForCausalLM(config)
+
+
 # tensors per group: mlp and attention per block, streams per block and two more
 MODELS = {
     "llama": (lambda: support.model(initializer_range=0.3), 6),
@@ -218,6 +230,17 @@ def test_activations_of_architectures(name):
         model(input_ids=ids)
     assert set(alone.sums) == {"resid"}
     assert torch.equal(alone.sums["resid"][0], seen.sums["resid"][0])
+
+
+def test_blocks_without_a_stream_between_their_parts():
+    torch.manual_seed(0)
+    model = gptj().eval()
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match="leave resid out"), watch_activations(model, mask):
+        pass
+    with torch.no_grad(), watch_activations(model, mask, ("mlp", "attn", "logits")) as seen:
+        model(input_ids=torch.randint(3, 40, (1, 6)))
+    assert {group: count for group, (_, count) in seen.sums.items()} == {"mlp": 2, "attn": 8, "logits": 1}
 
 
 def test_activations_of_llama_by_hand():
