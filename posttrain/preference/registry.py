@@ -12,6 +12,7 @@ from posttrain.preference.method import Method
 
 _MACHINERY = frozenset(
     {
+        "cofs",
         "diagnostics",
         "kl",
         "lists",

@@ -30,8 +30,8 @@ from posttrain.preference.feasible import Feasible
 
 ARMS = {
     "memory": {"dual_lr": 0.5, "alpha": 4.0},
-    "published": {},
     "erm": {"mode": "erm"},
+    "published": {},
 }
 
 
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--model", default="../shared/checkpoints/stories260K")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--flips", type=Path)
+    parser.add_argument("--rows", type=int, help="the first so many pairs only")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--max-steps", type=int, default=-1)
@@ -117,7 +118,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in arguments.data.read_text().splitlines()]
-    found = {arm: [one(arguments, rows, arm, seed) for seed in range(arguments.seeds)] for arm in ARMS}
+    rows = rows[: arguments.rows]
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    for seed in range(arguments.seeds):
+        for arm in ARMS:
+            found[arm].append(one(arguments, rows, arm, seed))
+            print(json.dumps({"arm": arm, "seed": seed, **found[arm][-1]}), flush=True)
     columns = {
         name: {arm: [row[name] for row in found[arm]] for arm in ARMS}
         for name in ("auc", "precision", "cvar")
