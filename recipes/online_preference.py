@@ -10,6 +10,7 @@ after every domain, loss and accuracy on test pairs of each, and writes all of i
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ options = parser.parse_args()
 torch.set_num_threads(1)  # more threads only get in each other's way at this size
 # TRL asks for bfloat16 on a GPU unless told otherwise
 machine = {} if torch.accelerator.is_available() else {"use_cpu": True, "bf16": False}
-BETA, TEST, BUFFER, LONGEST = 0.1, 60, 24, 140
+BETA, TEST, BUFFER, LONGEST = 0.1, 60, 12, 140
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 
 
@@ -156,6 +157,7 @@ for arm in options.arms:
             found = fit(policy, [module.name for module in modules], seen, beta=BETA)
             about["coefficients"] = list(found.coefficients.values())
             folder = options.out / f"combined-{len(modules)}-{options.seed}"
+            shutil.rmtree(folder, ignore_errors=True)
             average(modules, folder, weights=about["coefficients"])
             policy = PeftModel.from_pretrained(base(), folder)
         result[arm].append({"after": name, **about, "tests": judge(policy)})

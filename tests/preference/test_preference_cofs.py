@@ -1,16 +1,23 @@
 """COFS: the simplex, combinations that are exact, gradients to the coefficients, fits that find the best."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pairs
 import pytest
 import support
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from posttrain.merging.average import average
 from posttrain.models.load import load_for_evaluation
 from posttrain.preference.cofs import Buffer, buffer_loss, combined, fit, project_simplex
 from posttrain.preference.passes import parameters_of
 
+ROOT = Path(__file__).resolve().parents[2]
 LORA = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"])
 
 
@@ -114,8 +121,6 @@ def test_the_average_on_disk_is_the_combination(tmp_path):
     base = support.model()
     base.save_pretrained(tmp_path / "base")
     support.tokenizer().save_pretrained(tmp_path / "base")
-    from transformers import AutoModelForCausalLM
-
     policy = policy_with(2, base=AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
     for name in ("a0", "a1"):
         policy.save_pretrained(tmp_path / name, selected_adapters=[name])
@@ -130,3 +135,22 @@ def test_dora_is_refused():
     policy = get_peft_model(support.model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="plain LoRA"), combined(policy, ["default"], torch.ones(1)):
         pass
+
+
+@pytest.mark.slow
+def test_the_recipe_tells_what_each_domain_leaves(tmp_path):
+    support.model(max_position_embeddings=512).save_pretrained(tmp_path / "base")
+    support.tokenizer().save_pretrained(tmp_path / "base")
+    for name, file in (("tinystories_pairs", "train"), ("instruct_pref", "train"), ("hh_harmless", "pairs")):
+        (tmp_path / name).mkdir()
+        data = pairs.rows(90)
+        data.to_json(tmp_path / name / f"{file}.jsonl")
+    command = [sys.executable, str(ROOT / "recipes" / "online_preference.py"), "--steps", "2"]
+    command += ["--model", str(tmp_path / "base"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "out" / "result-0.json").read_text())
+    assert [len(result[arm]) for arm in ("dpo", "ofs", "cofs")] == [3, 3, 3]
+    assert [len(row.get("coefficients", [])) for row in result["cofs"]] == [0, 2, 3]
+    for rows in result.values():
+        assert all(0 < loss < 2 and 0 <= share <= 1 for row in rows for loss, share in row["tests"].values())
