@@ -86,7 +86,7 @@ class Warm:
         members: Their number M.
         vary: Values per key of the configuration, in turn over members.
         starts: Checkpoints in turn over members; the configuration's own when empty.
-        seeds: How often all of it is done; repetition s adds 1000 s to the members' seeds.
+        seeds: How often all of it is done; repetition s adds 1000 s to all seeds but those of the data.
         shares: Interpolations that are looked at, lambda in (0, 1).
         tolerance: How far accuracy may fall below the line.
         floor: Accuracy that a member has to exceed.
@@ -295,7 +295,7 @@ def _once(plan: Warm, seed: int, ranks: Ranks, say: Say) -> dict[str, Any]:
     starts = plan.starts or ("",)
     used = starts[: plan.members]
     probes = [
-        train_once(_probe_run(plan, start, out / f"probe-{index}"), f"{name}probe {index}", say)
+        train_once(_probe_run(plan, start, seed, out / f"probe-{index}"), f"{name}probe {index}", say)
         for index, start in enumerate(used)
     ]
     members = []
@@ -308,8 +308,10 @@ def _once(plan: Warm, seed: int, ranks: Ranks, say: Say) -> dict[str, Any]:
     return ranks.on_main(lambda: _averaged(plan, members, out, say))
 
 
-def _probe_run(plan: Warm, start: str, folder: Path) -> RunConfig:
+def _probe_run(plan: Warm, start: str, seed: int, folder: Path) -> RunConfig:
     config = _local(plan.probe, folder, "full")
+    own = {"seed": int(config.trainer.get("seed", 42)) + 1000 * seed}
+    config = config.model_copy(update={"trainer": {**config.trainer, **own}})
     if start:
         config = config.model_copy(update={"model": _at(config, start)})
     return config

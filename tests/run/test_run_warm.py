@@ -169,3 +169,22 @@ def test_members_that_are_no_good_or_far_away_are_left_out(config, tmp_path):
 def test_requests_that_cannot_be_met(config, changes, options, message):
     with pytest.raises(RunError, match=message):
         plan_warm(config(*changes), **options)
+
+
+def test_repetitions_have_seeds_of_their_own(config, tmp_path):
+    path = config({"trainer": {"max_steps": 1}})
+    posttrain("warm", path, "--members", 1, "--seeds", 2, "--min-accuracy", -1)
+    out = tmp_path / "run-warm"
+    seeds = {
+        str(run.parent.relative_to(out)): yaml.safe_load(run.read_text())["trainer"]["seed"]
+        for run in out.rglob("config.yaml")
+    }
+    assert seeds == {
+        "seed-0/probe-0": 42,
+        "seed-0/member-0": 42,
+        "seed-1/probe-0": 1042,
+        "seed-1/member-0": 1042,
+    }
+    result = json.loads((out / "warm.json").read_text())
+    assert result["accuracy_means"]["warm"]["seeds"] == 2
+    assert len(result["accuracy"]["member"]) == 2
