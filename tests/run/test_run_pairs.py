@@ -193,3 +193,31 @@ def test_what_a_method_trains_besides_is_kept_exported_and_shown(job):
     # the verb exports it too
     posttrain("export", run, "--to", run.parent / "again")
     assert_same(kept, load_file(run.parent / "again" / "sparse_po.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["preference", "reward"])
+def test_arms_are_compared_by_what_is_measured_on_pairs(job, task, tmp_path):
+    evaluate = SCORED if task == "preference" else {"evaluate": {"resamples": 100}}
+    run, _ = job(task, evaluate, {"export": None, "trainer": {"max_steps": 1}})
+    arms = ("--arm", "slow", "--arm", "fast:trainer.learning_rate=3e-3")
+    result = posttrain(
+        "compare",
+        run.with_suffix(".yaml"),
+        *arms,
+        "--seeds",
+        1,
+        "--out",
+        tmp_path / "out",
+        "trainer.max_steps=3",
+    )
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    names = ("accuracy", "kl", "win_rate", "self_bleu") if task == "preference" else ("accuracy", "log_loss")
+    for name in names:
+        both = found["means"][f"after/{name}"]
+        assert found["differences"][f"after/{name}"]["fast"]["value"] == pytest.approx(
+            both["fast"]["value"] - both["slow"]["value"]
+        )
+        assert name in result.stdout
+    shown = "rewards/margins" if task == "preference" else "margin"
+    assert found["means"][f"end/{shown}"]["slow"]["value"] is not None

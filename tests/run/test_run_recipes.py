@@ -116,3 +116,32 @@ def test_continual_recipe_keeps_to_its_configurations(tmp_path):
     assert [line.rpartition(":")[0] for line in lines if line.startswith("after")] == [
         "after words", "after words", "after sums", "after sums",
     ]  # fmt: skip
+
+
+STORIES = ROOT.parent / "shared" / "data" / "tinystories_pairs"
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the stories data (../shared) are not beside this checkout")
+@pytest.mark.parametrize(
+    ("name", "metrics"),
+    [("preference", ("accuracy", "kl", "score")), ("reward", ("accuracy", "log_loss"))],
+)
+def test_recipes_on_pairs_equal_their_configurations(tmp_path, monkeypatch, name, metrics):
+    monkeypatch.chdir(ROOT)
+    for part in ("train", "test"):
+        lines = (STORIES / f"{part}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{part}.jsonl").write_text("".join(lines[: 8 if part == "test" else 40]))
+    config = (
+        ROOT / "configs" / ("preference/dpo_stories.yaml" if name == "preference" else "reward/stories.yaml")
+    )
+    recipe = ROOT / "recipes" / f"{name}.py"
+    assert f"default={load_run_config(config).trainer['max_steps']}" in recipe.read_text()
+    # another number of steps is another schedule, so both sides get it
+    shown = run(recipe, "--out", tmp_path / "recipe", "--steps", 3, "--data", tmp_path)
+    files = (f"data.source={tmp_path}/train.jsonl", f"data.eval.file={tmp_path}/test.jsonl")
+    posttrain("train", config, f"run_dir={tmp_path / 'verb'}", "trainer.max_steps=3", *files)
+    assert_same(
+        load_file(tmp_path / "verb" / "export" / "model.safetensors"),
+        load_file(tmp_path / "recipe" / "export" / "model.safetensors"),
+    )
+    assert_same_table(shown, tmp_path / "verb", metrics)
