@@ -268,7 +268,7 @@ class _Run:
 
     def _keep_methods(self, trainer: Any) -> None:
         """Write down what methods trained beside the model, and what they show of a few responses."""
-        if not TASKS[self.config.task].pairs:
+        if self.config.task != "preference":
             return
         trainer.save_modules(self.run.modules)
         pictures = [
