@@ -107,7 +107,8 @@ def combined(policy: PeftModel, adapters: Sequence[str], coefficients: torch.Ten
     before = policy.active_adapter
     trains = {parameter: parameter.requires_grad for parameter in policy.parameters()}
     scales = [dict(layer.scaling) for layer in layers]
-    policy.base_model.set_adapter(list(adapters))
+    tuner: Any = policy.base_model  # a PeftModel by itself activates one
+    tuner.set_adapter(list(adapters))
     policy.requires_grad_(False)
     try:
         for layer in layers:

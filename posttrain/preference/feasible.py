@@ -32,9 +32,9 @@ Defaults and where they come from
     paper starts from 0, dual first, with a dual rate of 1e-4 to 1e-3.
 
 Needs
-    Data that have a length. Nine bytes per pair and a gather of numbers once per optimiser step. Checkpoints
-    hold the table, and a resume compares the rows. Every pair keeps its id when others are left out; bring
-    ids of your own in a column ``posttrain_id``.
+    Data that have a length. Twelve bytes per pair and a gather of numbers once per optimiser step.
+    Checkpoints hold the table, and a resume compares the rows. Every pair keeps its id when others are left
+    out; bring ids of your own in a column ``posttrain_id``.
 
 Composes with
     LoRA, precomputed references, methods that change the score S (g is the loss of S), DDP, accumulation,

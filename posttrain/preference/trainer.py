@@ -298,11 +298,12 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
         """Clip; two adapters each by itself, as if they were alone."""
         if self._pair is None:
             return super()._clip_grad_norm(model)
-        norms = [
-            self.accelerator.clip_grad_norm_(module, self.args.max_grad_norm)
-            for module in self._pair.trained()
-        ]
-        return norms[0]
+        self.accelerator.unscale_gradients()  # a scaler allows it once per step
+        served, other = (
+            torch.nn.utils.clip_grad_norm_(module, self.args.max_grad_norm) for module in self._pair.trained()
+        )
+        del other
+        return served
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; when it has come to its end, methods finish the model and write down what they report."""

@@ -20,7 +20,7 @@ Defaults and where they come from
     is ours. Take what the rows that you consider learned have, e.g. the median of a plain run.
 
 Needs
-    Data that have a length; nine bytes per row. The table is in checkpoints, and a resume compares the rows.
+    Data that have a length; twelve bytes per row. Checkpoints have the table, and a resume compares the rows.
 
 Composes with
     LoRA and full fine-tuning, accumulation, DDP, bf16, selections. Refused: packing and padding-free batches

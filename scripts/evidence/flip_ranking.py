@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--model", default="../shared/checkpoints/stories260K")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--flips", type=Path)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--rows", type=int, help="the first so many pairs only")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=float, default=3)
@@ -119,13 +120,14 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in arguments.data.read_text().splitlines()]
     rows = rows[: arguments.rows]
-    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    arms = arguments.arms
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
     for seed in range(arguments.seeds):
-        for arm in ARMS:
+        for arm in arms:
             found[arm].append(one(arguments, rows, arm, seed))
             print(json.dumps({"arm": arm, "seed": seed, **found[arm][-1]}), flush=True)
     columns = {
-        name: {arm: [row[name] for row in found[arm]] for arm in ARMS}
+        name: {arm: [row[name] for row in found[arm]] for arm in arms}
         for name in ("auc", "precision", "cvar")
     }
     result = {
@@ -134,8 +136,8 @@ def main() -> None:
         "means": {n: {arm: over_seeds(v).to_dict() for arm, v in c.items()} for n, c in columns.items()},
         "auc_minus_erm": {
             arm: paired_over_seeds(columns["auc"]["erm"], columns["auc"][arm]).to_dict()
-            for arm in ARMS
-            if arm != "erm"
+            for arm in arms
+            if "erm" in arms and arm != "erm"
         },
     }
     print(json.dumps(result, indent=1))

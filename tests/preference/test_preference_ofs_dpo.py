@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pairs
 import pytest
@@ -17,7 +18,7 @@ from transformers import TrainerCallback
 from posttrain import DPOTrainer, Select
 from posttrain.preference.feasible import Feasible
 from posttrain.preference.ofs_dpo import FAST, OFSDPO, SLOW, chase, objectives
-from posttrain.preference.passes import parameters_of
+from posttrain.preference.passes import parameters_of, refuse
 from posttrain.preference.rpo import RPO
 from posttrain.selection.hft import HFT
 
@@ -344,6 +345,13 @@ def test_prompts_and_selections_are_refused(tmp_path):
             methods=[OFSDPO()],
             selection=Select(HFT()),
         )
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_launchers_that_shard_are_refused(kind):
+    launched = SimpleNamespace(accelerator=SimpleNamespace(distributed_type=SimpleNamespace(value=kind)))
+    with pytest.raises(ValueError, match=f"which {kind} does not follow"):
+        refuse(launched, OFSDPO(), None)
 
 
 @pytest.mark.slow
