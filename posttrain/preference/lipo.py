@@ -53,7 +53,7 @@ Composes with
 
 When not to use it
     - Labels of one reward model that is not trusted beyond the order: ``pair_logistic`` ignores gaps.
-    - Pairs only: every list loss is DPO there up to a factor.
+    - With pairs only: lambda, pair_logistic, list_mle and softmax are DPO there, up to a factor.
 
 What to watch
     ``rewards/accuracies`` (all pairs that labels order), ``lipo/ndcg`` (of the ranking by scores, gain and

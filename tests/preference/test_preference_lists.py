@@ -7,7 +7,8 @@ import pytest
 import support
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from posttrain.preference.lipo import LiPO, list_losses, pair_mask
 from posttrain.preference.method import Batch, Method
@@ -242,6 +243,51 @@ def test_lora_starts_at_its_base(tmp_path, precompute):
     assert logs[0]["loss"] == pytest.approx(math.log(2), abs=2e-3)
     assert logs[0]["rewards/margins"] == pytest.approx(0, abs=1e-2)
     assert any("lora_B" in n and p.abs().max() > 0 for n, p in run.model.named_parameters())
+
+
+def test_a_trained_adapter_is_its_own_reference(tmp_path):
+    model = get_peft_model(support.model(), LORA)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    run = trainer(
+        tmp_path, LiPO(objective="pair_logistic", forward_rows=3), model=model, reference=None, max_steps=2
+    )
+    logs = pairs.history(run)
+    assert logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(logs[1]["loss"] - math.log(2)) > 1e-4  # the adapter moved, its copy did not
+
+
+def test_a_stream(tmp_path):
+    log = pairs.history(trainer(tmp_path, data=rows(4).to_iterable_dataset()))[0]
+    assert log["lipo/list_size"] == 2.5
+    with pytest.raises(ValueError, match="IterableDataset"):
+        trainer(tmp_path, data=rows(4).to_iterable_dataset(), precompute_ref_log_probs=True)
+
+
+def test_experts(tmp_path):
+    """The balance term of a mixture of experts, as in TRL."""
+
+    def experts(seed):
+        torch.manual_seed(seed)
+        config = MixtralConfig(
+            **{k: v for k, v in support.model().config.to_dict().items() if k in (
+                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "pad_token_id", "eos_token_id")},
+            num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1,
+        )  # fmt: skip
+        return MixtralForCausalLM(config)
+
+    found = [
+        gradients(
+            pairs.trainer(
+                tmp_path, data=pairs.rows(6), model=experts(0), reference=experts(1), beta=0.3, **options
+            )
+        )
+        for options in ({"trl": True}, {"methods": [LiPO(objective="pair_logistic")]})
+    ]
+    close(*found, rtol=1e-3)
 
 
 def test_resume_in_an_epoch(tmp_path):
