@@ -34,6 +34,8 @@ _ROUNDING = 1e-5
 _GAP, _HALF_GAP = 1e-4, 0.05
 # ``init_lora_weights`` that leave base and output as they are; for models that cannot be measured.
 _EMPTY_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+# Starts whose change of the base is not the same again when a saved adapter is loaded.
+_UNREPEATABLE = ("pissa_niter_", "corda", "lora_ga", "loftq")
 
 
 class AdapterError(ValueError):
@@ -112,6 +114,14 @@ def keep_initial(policy: PeftModel) -> None:
         else:
             copied.data = tensor.data.clone()
         copied.requires_grad_(False)
+    init = str(getattr(config, "init_lora_weights", None))
+    if init.startswith(_UNREPEATABLE):
+        logger.warning(
+            "init_lora_weights=%r takes weights out of the base by a draw or by data that is not saved: an "
+            "adapter saved from this run does not fit the base as published. Merge it before saving "
+            "(merge_and_unload), or save with PEFT's path_initial_model_for_weight_conversion.",
+            init,
+        )
     if before is None:
         return
     after = _probe(policy)

@@ -280,6 +280,18 @@ def test_the_kl_term_of_grpo_starts_at_0(tmp_path, init, copied):
     assert support.logged(run, "kl")[0][0] < 1e-9
 
 
+@pytest.mark.parametrize(("name", "fits"), [("pissa", True), ("pissa_niter_4", False), ("lora_ga", False)])
+def test_adapters_that_do_not_fit_the_published_base_are_told(tmp_path, caplog, name, fits):
+    with caplog.at_level(logging.WARNING, logger="posttrain"):
+        run = build(tmp_path, ALL[name])
+    run.save_model(tmp_path / "saved")
+    torch.manual_seed(1)  # another process
+    again = peft.PeftModel.from_pretrained(support.model(), tmp_path / "saved")
+    same = torch.allclose(scores_of(again), scores_of(run.model), atol=1e-5)
+    assert same == fits == ("does not fit the base as published" not in caplog.text)
+    assert torch.allclose(scores_of(run.model.merge_and_unload()), scores_of(support.model()), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["lora", "gaussian", "random", "fourierft"])
 def test_where_nothing_can_be_measured_the_kind_decides(name):
     """Under DeepSpeed ZeRO-3 and on the ranks of FSDP that load nothing, weights are not at hand."""
