@@ -99,7 +99,7 @@ def margins(
     Args:
         scores: (2B,) S without beta, chosen rows first.
         sums: (2B,) log-probabilities of the answers under the policy.
-        lengths: (2B,) completion tokens.
+        lengths: (2B,) completion tokens as TRL counts them, see :attr:`Batch.lengths`.
         how: The active loss.
 
     Returns:

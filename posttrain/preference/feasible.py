@@ -70,19 +70,19 @@ from posttrain.rl.method import Conflict, Setup
 LOSSES = ("sigmoid", "hinge", "ipo")
 
 
-def pair_losses(scores: torch.Tensor, mask: torch.Tensor, *, loss_type: str, beta: float) -> torch.Tensor:
+def pair_losses(scores: torch.Tensor, lengths: torch.Tensor, *, loss_type: str, beta: float) -> torch.Tensor:
     """Return the loss of each pair, (B,), as TRL forms it.
 
     Args:
         scores: (2B,) S, chosen first, without beta.
-        mask: (2B, T), where tokens count; for ipo.
+        lengths: (2B,) completion tokens; for ipo.
         loss_type: One of :data:`LOSSES`.
         beta: Temperature.
     """
     chosen, rejected = scores.chunk(2)
     if loss_type == "ipo":
-        lengths, other_lengths = mask.sum(dim=1).clamp(min=1.0).chunk(2)
-        return (chosen / lengths - rejected / other_lengths - 1 / (2 * beta)) ** 2
+        first, second = lengths.clamp(min=1).chunk(2)
+        return (chosen / first - rejected / second - 1 / (2 * beta)) ** 2
     if loss_type == "hinge":
         return torch.relu(1 - beta * (chosen - rejected))
     return -torch.nn.functional.logsigmoid(beta * (chosen - rejected))
@@ -119,7 +119,8 @@ class Feasible(FeasibleRows, Method):
 
     def loss(self, batch: Batch, scores: torch.Tensor) -> torch.Tensor:
         """Return mean_i lambda_i g_i; in an evaluation mean_i g_i."""
-        losses = pair_losses(scores, batch.mask, loss_type=batch.loss_types[0], beta=batch.beta)
+        lengths = batch.mask.sum(dim=1) if batch.lengths is None else batch.lengths
+        losses = pair_losses(scores, lengths, loss_type=batch.loss_types[0], beta=batch.beta)
         left, right = batch.mask.any(dim=1).chunk(2)
         return self.row_objective(
             losses, batch.ids if batch.training else None, left & right, batch.gauges

@@ -83,6 +83,8 @@ class Batch:
     Attributes:
         logps: (R, T) log pi(y_t | s_t) in nats, with gradient; 0 where ``mask`` is False.
         mask: (R, T) bool, the completion tokens.
+        lengths: (R,) what TRL divides by: completion tokens, also one that begins the text and that nothing
+            predicts (an empty prompt, or one that truncation cut off).
         ref_logps: (R, T) log ref(y_t | s_t); None where only sums are known, see :data:`Need`.
         ref_sums: (R,) sums of the reference's over the completion, weighed as :attr:`sums` is.
         sums: (R,) sums of ``logps``; with ``ld_alpha`` of TRL, tokens beyond the shorter length are weighed.
@@ -114,6 +116,7 @@ class Batch:
     step: int = 0
     training: bool = True
     lists: Lists | None = None
+    lengths: torch.Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

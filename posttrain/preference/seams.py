@@ -63,6 +63,7 @@ class PairSeams(InitialPolicy, TRLDPOTrainer):
         inputs = dict(inputs)
         self.mask = inputs["completion_mask"][..., 1:]
         self.tokens = inputs["input_ids"][..., 1:]
+        self.lengths = inputs["completion_mask"].sum(dim=1)
         self.ids = inputs.pop(ID, None)
 
         def policy(**kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from trl import DPOConfig
 from trl import DPOTrainer as TRLDPOTrainer
 
@@ -104,6 +104,11 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
         policy = self.accelerator.unwrap_model(self.model)
         for method in self._active:
             module = method.start(policy)
+            if self.optimizer is not None and (module is not None or method is self._pair):
+                raise ValueError(
+                    f"{method.name} trains weights of its own, which the optimizer in `optimizers` does not "
+                    "hold: give optimizer_cls_and_kwargs, or set optim in the DPOConfig"
+                )
             if module is None:
                 continue
             kind = self.accelerator.distributed_type
@@ -169,6 +174,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
             step=self.state.global_step,
             training=self._mode == "train",
             lists=self.lists,
+            lengths=self.lengths,
         )
         ratios = batch.sums - ref_sums
         weighed, terms, rows = ratios, None, None
@@ -238,7 +244,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
             kept = {name: getattr(batch, name)[rows] for name in ("logps", "mask", "sums", "ref_sums")}
             batch, tokens = dataclasses.replace(batch, lists=None, ref_logps=None, **kept), tokens[rows]
         elif self._replacing is None:
-            margin = diagnostics.margins(scores, batch.sums.detach(), batch.mask.sum(dim=1), how)
+            margin = diagnostics.margins(scores, batch.sums.detach(), self.lengths, how)
         diagnostics.log_pairs(self._gauges, batch, tokens, margin)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -342,6 +348,12 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         self.save_modules(output_dir or self.args.output_dir or ".")
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        folder = Path(str(self.state.best_model_checkpoint))
+        for name, module in self.modules_of_methods.items():
+            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
 
     # ---- exact resume -----------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ def trainer(
     eval_data: Any = None,
     probe_dataset: Dataset | None = None,
     processing_class: Any = None,
+    optimizers: Any = (None, None),
     **settings: Any,
 ) -> Any:
     """Build a trainer; full fine-tuning gets the seed-0 model as reference."""
@@ -73,6 +74,7 @@ def trainer(
         processing_class=processing_class or support.tokenizer(),
         peft_config=peft_config,
         callbacks=callbacks,
+        optimizers=optimizers,
         **options,
     )
 

@@ -13,6 +13,7 @@ import support
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from test_preference_feasible import StopAt
+from torch.optim import SGD
 from transformers import TrainerCallback
 
 from posttrain import DPOTrainer, Select
@@ -319,6 +320,7 @@ def test_rpo_acts_in_both_modules(tmp_path):
         ({"adapter": LoraConfig(target_modules="all-linear", bias="all")}, "bias none"),
         ({"sync_ref_model": True}, "sync_ref_model to false"),
         ({"methods": [Feasible()]}, "feasible is made for one"),
+        ({"optimizers": (SGD([torch.zeros(1)]), None)}, "which the optimizer in `optimizers` does not hold"),
         ({"loss_type": "apo_zero"}, "apo_zero does not use"),
     ],
 )

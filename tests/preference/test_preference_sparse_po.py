@@ -434,6 +434,28 @@ def test_the_optimiser_decays_matrices_only(tmp_path):
     assert {group["lr"] for group in optimizer.param_groups} == {2e-3}
 
 
+def test_an_optimiser_without_the_network_is_refused(tmp_path):
+    """It would train the policy only, and the masks would stay where they start."""
+    model = support.model()
+    given = {"model": model, "optimizers": (torch.optim.AdamW(model.parameters()), None)}
+    with pytest.raises(ValueError, match="sparse_po trains weights of its own, which the optimizer"):
+        pairs.trainer(tmp_path, methods=[SparsePO()], **given)
+    pairs.trainer(tmp_path, methods=[SparsePO(token_mask="mapo")], **given)
+
+
+def test_the_best_model_has_its_network(tmp_path):
+    run = pairs.trainer(
+        tmp_path, methods=[SparsePO(mask_init="ones")], eval_data=pairs.rows(4), max_steps=2,
+        load_best_model_at_end=True, greater_is_better=True, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    run.train()
+    best = Path(run.state.best_model_checkpoint)
+    assert best.name == "checkpoint-1"
+    saved = load_file(best / "sparse_po.safetensors")
+    support.assert_same(saved, support.weights(run.modules_of_methods["sparse_po"]))
+
+
 def test_half_precision_with_lora_checkpointing_and_truncation(tmp_path):
     run = pairs.trainer(
         tmp_path, methods=[SparsePO(mask_init="ones", mask_dropout=0.1)], dtype=torch.bfloat16, bf16=True,
