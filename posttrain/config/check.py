@@ -208,7 +208,14 @@ def _run_rules(config: RunConfig) -> Iterator[Problem]:
             found=export.format,
             suggestion="set model.adapter, or format: full",
         )
-    if export is not None and export.format == "delta" and config.model.path.startswith("embedded:"):
+    if export is not None and export.format == "delta" and TASKS[config.task].scores:
+        yield Problem(
+            "a delta holds weights that a base has too, and the head of a reward model is new",
+            ("export", "format"),
+            found="delta",
+            suggestion="use format: auto",
+        )
+    elif export is not None and export.format == "delta" and config.model.path.startswith("embedded:"):
         yield Problem(
             "a delta belongs to a base that others can load, and the embedded model lives in its run only",
             ("export", "format"),

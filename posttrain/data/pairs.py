@@ -81,7 +81,9 @@ def to_pairs(table: Table, notes: list[str]) -> Dataset:
 
 
 def flip(dataset: Dataset, noise: LabelNoiseConfig, notes: list[str]) -> tuple[Dataset, dict[str, Any]]:
-    """Exchange chosen and rejected in some rows; scores and margins stay where they are.
+    """Exchange chosen and rejected in some rows; scores and margins of the pair stay where they are.
+
+    In a list the best and the worst answer exchange their scores.
 
     Args:
         dataset: Training rows with ``chosen`` and ``rejected``.
@@ -110,17 +112,13 @@ def flip(dataset: Dataset, noise: LabelNoiseConfig, notes: list[str]) -> tuple[D
                 f"data.label_noise.column: the data has no column {noise.column!r}. Found: "
                 f"{', '.join(dataset.column_names)}"
             )
-        chosen = {index for index, value in enumerate(dataset[noise.column][:]) if value in wanted}
-        missed = len(wanted) - len({dataset[noise.column][index] for index in chosen})
+        values = dataset[noise.column][:]
+        chosen = {index for index, value in enumerate(values) if value in wanted}
+        missed = len(wanted) - len({values[index] for index in chosen})
         origin = f"those that {noise.file} names by {noise.column!r}"
         origin += f"; {missed} of its {len(wanted)} values are not in the training rows" if missed else ""
         about |= {"file": noise.file, "column": noise.column, "values": len(wanted)}
     about["flipped"] = len(chosen)
-    if "completions" in dataset.column_names:
-        raise DataError(
-            "data.label_noise exchanges chosen and rejected, and the data are lists, whose scores would "
-            "stay: drop the section, or give pairs"
-        )
     if not chosen:
         raise DataError(
             f"data.label_noise means none of the {rows} training rows ({origin}): drop the section"
@@ -133,8 +131,18 @@ def flip(dataset: Dataset, noise: LabelNoiseConfig, notes: list[str]) -> tuple[D
     for index in chosen:
         better[index], worse[index] = worse[index], better[index]
     order = dataset.column_names
-    dataset = dataset.remove_columns(["chosen", "rejected"])
-    return dataset.add_column("chosen", better).add_column("rejected", worse).select_columns(order), about
+    new = {"chosen": better, "rejected": worse}
+    if {"completions", "scores"} <= set(order):
+        new["scores"] = dataset["scores"][:]
+        for index in chosen:
+            scores = list(new["scores"][index])
+            best, last = scores.index(max(scores)), scores.index(min(scores))
+            scores[best], scores[last] = scores[last], scores[best]
+            new["scores"][index] = scores
+    dataset = dataset.remove_columns(list(new))
+    for name, column in new.items():
+        dataset = dataset.add_column(name, column)
+    return dataset.select_columns(order), about
 
 
 def _values(file: str, column: str) -> set[Any]:

@@ -157,6 +157,10 @@ def test_a_reward_run_takes_no_rewards_and_no_methods(problems):
     assert problems(text=text) == {}
     assert "calls no rewards" in problems("rewards=[math]", text=text)["rewards"].message
     assert "no methods" in problems("methods={ace: }", text=text)["methods"].message
+    assert (
+        "head of a reward model is new"
+        in problems("export={format: delta}", text=text)["export.format"].message
+    )
     found = problems("data.label_noise={share: 0.2}", text=text.replace("reward", "sft"))
     assert "no chosen and rejected to exchange" in found["data.label_noise"].message
 

@@ -161,6 +161,12 @@ def test_label_noise_from_a_file(load, tmp_path):
         load([pair(7, id=7)], label_noise={"file": str(flips), "column": "id"})
 
 
+def test_label_noise_in_lists_exchanges_the_scores_of_best_and_worst(load):
+    row = {"prompt": "p", "completions": [" a", " b", " c"], "scores": [0.5, 3.0, -1.0]}
+    (found,) = load([row], label_noise={"share": 1.0}).train
+    assert (found["chosen"], found["rejected"], found["scores"]) == (" c", " b", [0.5, -1.0, 3.0])
+
+
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 def test_tokens_are_those_that_trl_trains_on(tmp_path, chat):
     tokenizer = support.tokenizer()
@@ -208,10 +214,8 @@ def test_lengths_are_counted_refused_or_left_out_never_dropped_in_silence():
     assert len(apply(24, context=24)[0]) == 4
 
 
-def test_lists_go_through_chat_templates_and_take_no_label_noise(load):
+def test_lists_go_through_chat_templates(load):
     row = {"prompt": "p", "completions": [" a", " b"], "scores": [0.5, 1]}
-    with pytest.raises(DataError, match="the data are lists, whose scores would stay"):
-        load([row] * 4, label_noise={"share": 0.5})
     data = load([row])
     spoken = render(data.train, SimpleNamespace(chat_template="x"), data.config)[0]
     assert spoken["completions"] == [[{"role": "assistant", "content": text}] for text in (" a", " b")]

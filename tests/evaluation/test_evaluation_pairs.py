@@ -2,13 +2,17 @@
 
 import contextlib
 import math
+import os
+import socket
 
 import numpy as np
 import pytest
 import support
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from peft import get_peft_model
+from transformers import LlamaForSequenceClassification
 
 from posttrain.config.schema import EvaluateConfig
 from posttrain.data.pairs import encode_pair
@@ -34,6 +38,13 @@ ROWS = Dataset.from_list(
 
 def at(model):
     return lambda: contextlib.nullcontext(model)
+
+
+def scorer():
+    config = support.model().config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(config)
 
 
 def vowels(completions, rows):
@@ -210,12 +221,7 @@ def test_the_evaluation_of_the_start_must_be_on_the_same_prompts():
 
 
 def test_a_reward_model_is_evaluated_without_samples():
-    from transformers import LlamaForSequenceClassification
-
-    config = support.model().config
-    config.num_labels = 1
-    torch.manual_seed(0)
-    model = LlamaForSequenceClassification(config)
+    model = scorer()
     found = evaluate_scorer(model, support.tokenizer(), ROWS, CONFIG)
     assert set(found.metrics) == {"accuracy", "margin", "log_loss", "brier", "calibration_error"}
     margins = []
@@ -230,3 +236,35 @@ def test_a_reward_model_is_evaluated_without_samples():
     difference = compare(found, found)
     assert difference.metrics["log_loss"].value == 0
     assert (found.tokens, found.median_length, found.problems[0].samples) == (0, 0.0, [])
+
+
+def both():
+    """Both evaluations, as plain values without times."""
+    found = [
+        run(support.model(0), at(support.model(7)), verify=vowels),
+        evaluate_scorer(scorer(), support.tokenizer(), ROWS, CONFIG),
+    ]
+    return [{"metrics": part.to_dict()["metrics"], "problems": part.to_dict()["problems"]} for part in found]
+
+
+def _rank(rank, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.save(both(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_give_what_one_gives(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first == second
+    for part, alone in zip(first, both(), strict=True):
+        assert part["metrics"].keys() == alone["metrics"].keys()
+        for name, estimate in alone["metrics"].items():
+            assert part["metrics"][name] == pytest.approx(estimate, abs=1e-6), name
+        assert [p["index"] for p in part["problems"]] == [p["index"] for p in alone["problems"]]
