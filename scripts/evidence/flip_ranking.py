@@ -94,6 +94,7 @@ def one(arguments: argparse.Namespace, rows: list[dict[str, str]], arm: str, see
     order = method.table.hardest()
     if arm == "erm":
         order = order[torch.argsort(method.table.losses[order], descending=True, stable=True)]
+    swapped &= set(order.tolist())  # of pairs that are too long none was visited
     found = auc(order.tolist(), swapped)
     top = order[: len(swapped)].tolist()
     return {
