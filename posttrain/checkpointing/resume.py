@@ -10,7 +10,8 @@ Resuming
     seen. This adds, per rank, what it leaves out: rollouts that are buffered between generations, the place
     in them, sums behind the numbers that are logged every few steps, the state of methods, and what decides
     the order of the rows in the epoch that was cut (its number, for every sampler and for streams, which have
-    no length; the random state it began with).
+    no length; the random state it began with). Where ``sync_ref_model`` moves the reference, a checkpoint
+    also holds it, once, in ``reference.safetensors``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _STAGING = "_saving"  # the leading underscore keeps it out of Hub uploads
 _FORMAT = 2
+_REFERENCE = "reference.safetensors"
 # What the loop keeps between two logs; it is reset when training starts, so it is restored after that.
 _LOOP = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 # What TRL's trainers keep on themselves, where present.
@@ -175,6 +178,7 @@ class ExactResume(Trainer):
             staged.mkdir(parents=True, exist_ok=True)
             if not self.args.save_only_model:
                 torch.save(self.extra_state(), staged / _state_file(self.args.process_index))
+                self._save_reference(staged)
             if self.args.should_save:
                 self._correct_best_checkpoint(run_dir, best)
                 self.state.save_to_json(str(staged / "trainer_state.json"))
@@ -204,6 +208,38 @@ class ExactResume(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
 
+    def _moving_reference(self) -> torch.nn.Module | None:
+        """Return the reference that ``sync_ref_model`` moves, or None; without wrappers."""
+        reference = getattr(self, "ref_model", None)
+        if reference is None or not getattr(self.args, "sync_ref_model", False):
+            return None
+        inside: torch.nn.Module = self.accelerator.unwrap_model(reference)
+        return inside
+
+    def _save_reference(self, folder: Path) -> None:
+        reference = self._moving_reference()
+        if reference is None or not self.args.should_save:
+            return
+        if any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in reference.parameters()):
+            logger.warning(
+                "the reference that sync_ref_model moves is sharded and not in the checkpoint: a resume "
+                "would begin with the initial one"
+            )
+            return
+        save_model(reference, str(folder / _REFERENCE))
+
+    def _load_reference(self, folder: Path) -> None:
+        reference = self._moving_reference()
+        if reference is None:
+            return
+        if (folder / _REFERENCE).exists():
+            load_model(reference, folder / _REFERENCE)
+            return
+        logger.warning(
+            "%s does not hold the reference that sync_ref_model has moved: it is the initial one again",
+            folder,
+        )
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # uploads follow the rename
             super()._push_from_checkpoint(checkpoint_folder)
@@ -230,6 +266,7 @@ class ExactResume(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self._load_reference(Path(checkpoint))
         own, first = (Path(checkpoint) / _state_file(rank) for rank in (self.args.process_index, 0))
         path = own if own.exists() else first  # a rank that the run did not have: methods agree on all ranks
         if path.exists():

@@ -179,6 +179,21 @@ def test_another_loss_and_numbered_rows(tmp_path):
     assert math.isfinite(logs[-1]["train_loss"])
 
 
+def test_a_reference_that_moves_is_resumed(tmp_path):
+    def build(name):
+        return pairs.trainer(
+            tmp_path / name, max_steps=4, save_strategy="steps", save_steps=3, sync_ref_model=True,
+            ref_model_sync_steps=2, ref_model_mixup_alpha=0.5,
+        )  # fmt: skip
+
+    whole, again = build("whole"), build("again")
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    support.assert_same(support.weights(whole.ref_model), support.weights(again.ref_model))
+    support.assert_same(support.weights(whole.model), support.weights(again.model))
+    assert not torch.equal(whole.ref_model.lm_head.weight, support.model().lm_head.weight)
+
+
 def test_gauges_are_logged_and_methods_compared_on_resume(tmp_path):
     run = pairs.trainer(tmp_path, methods=[Affine()], max_steps=2, save_strategy="steps", save_steps=1)
     assert "affine/score" in pairs.history(run)[0]
