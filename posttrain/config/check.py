@@ -164,6 +164,17 @@ def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, Any]]:
     spec = TASKS[config.task]
     adapter = config.model.adapter is not None
     problems, trainer = check_trainer(config.trainer, spec, ("trainer",), adapter=adapter)
+    if config.model.adapter is not None and config.model.adapter.dropout and trainer.get("disable_dropout"):
+        problems.append(
+            Problem(
+                "the dropout of the adapter has no effect: trainer.disable_dropout is true"
+                + ("" if "disable_dropout" in config.trainer else f", {spec.config_class}'s default"),
+                ("model", "adapter", "dropout"),
+                "warning",
+                found=config.model.adapter.dropout,
+                suggestion="set trainer.disable_dropout: false",
+            )
+        )
     more, methods = check_methods(
         config.methods,
         config.task,

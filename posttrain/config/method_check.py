@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from posttrain.config.problems import KeyPath, Problem, nearest
 from posttrain.config.schema import RewardConfig
 from posttrain.config.sentences import problems_of
-from posttrain.config.tasks import Task, TaskSpec
+from posttrain.config.tasks import TASKS, Task, TaskSpec
 from posttrain.config.trainer_rules import processes
 from posttrain.selection import registry as selectors
 
@@ -51,7 +51,12 @@ def check_methods(
         return problems, {}
     if spec.methods is None:
         names = ", ".join(methods)
-        fix = "drop the section, or set task: rlvr"
+        known = [
+            other
+            for other, row in TASKS.items()
+            if row.methods and methods.keys() <= importlib.import_module(row.methods).available().keys()
+        ]
+        fix = f"drop the section, or set task: {known[0]}" if known else "drop the section"
         return [Problem(f"task {task!r} has no methods, found {names}", ("methods",), suggestion=fix)], {}
     registry = importlib.import_module(spec.methods)
     built: dict[str, Any] = {}

@@ -13,10 +13,13 @@ from datasets import Dataset
 from posttrain.data.errors import DataError, listed
 from posttrain.data.files import Table
 
-Kind = Literal["text", "prompt", "messages", "completion", "answer", "reply", "replies", "numbers", "number"]
+Kind = Literal[
+    "text", "prompt", "messages", "completion", "answer", "reply", "replies", "numbers", "number", "square"
+]
 """``text``: text that is not empty. ``prompt``, ``completion``: text or messages. ``messages``: a list of
 messages with an answer of the assistant. ``answer``: text or a number. ``reply``: as ``completion``, but text
-may be empty; ``replies``: a list of them. ``number`` and ``numbers``: finite."""
+may be empty; ``replies``: a list of them. ``number`` and ``numbers``: finite. ``square``: as many lists as
+each of them has numbers, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ CONTRACTS["preference"] = Contract(
         {"prompt": "prompt", "chosen": "reply", "rejected": "reply"},
         {"prompt": "prompt", "completions": "replies", "scores": "numbers"},
         {"prompt": "prompt", "completions": "replies", "ranks": "numbers"},
+        {"prompt": "prompt", "completions": "replies", "preferences": "square"},
         {"chosen": "reply", "rejected": "reply"},
     ),
     optional={"margin": "number"},
@@ -198,6 +202,12 @@ def _problems(value: Any, kind: Kind) -> Iterator[str]:
         if (kind == "numbers") != isinstance(value, list) or not all(map(_is_number, items)):
             wanted = "a list of finite numbers" if kind == "numbers" else "a finite number"
             yield f"holds {_described(value)} where {wanted} is needed"
+    elif kind == "square":
+        rows = value if isinstance(value, list) else [value]
+        if not rows or any(not isinstance(row, list) or len(row) != len(rows) for row in rows):
+            yield f"holds {_described(value)} where a square table, list by list, is needed"
+        elif not all(_is_number(item) and 0 <= item <= 1 for row in rows for item in row):
+            yield f"holds {_described(value)} where numbers in [0, 1] are needed"
     elif kind == "messages":
         yield f"holds {_described(value)} where a list of messages is needed"
     elif kind == "answer":

@@ -4,8 +4,9 @@ Every form ends as the columns ``prompt``, ``chosen`` and ``rejected``, all text
 
 * prompt, chosen, rejected;
 * chosen and rejected that both begin with the prompt (the part they share);
-* prompt, completions and scores (higher is better) or ranks (1 is best): the best and the worst of the list
-  are the pair, and the list stays beside it for methods that use all of it.
+* prompt, completions and scores (higher is better), ranks (1 is best) or preferences (K x K chances that the
+  one of the row beats that of the column): the best and the worst of the list are the pair, and the list
+  stays beside it for methods that use all of it.
 
 Nothing is dropped in silence: each thing that is left out or kept with a doubt is counted in a note.
 """
@@ -318,15 +319,17 @@ def _split_off_prompts(columns: dict[str, list[Any]], table: Table) -> dict[str,
 
 def _from_lists(table: Table, dataset: Dataset, notes: list[str]) -> Dataset:
     """Add the best and the worst answer of each list as chosen and rejected."""
-    ranked = "scores" not in dataset.column_names
-    name = "ranks" if ranked else "scores"
+    name = next(column for column in ("scores", "ranks", "preferences") if column in dataset.column_names)
     problems, kept, tied = [], [], 0
     better, worse = [], []
     for index, (replies, values) in enumerate(zip(dataset["completions"][:], dataset[name][:], strict=True)):
         if len(replies) != len(values) or len(replies) < 2:
             problems.append(f"{table.where(index)}: {len(replies)} completions and {len(values)} {name}")
             continue
-        merits = [-float(value) for value in values] if ranked else [float(value) for value in values]
+        if name == "preferences":
+            merits = [sum(row) / len(row) for row in values]
+        else:
+            merits = [-float(value) if name == "ranks" else float(value) for value in values]
         if max(merits) == min(merits):
             tied += 1
             continue
@@ -336,7 +339,7 @@ def _from_lists(table: Table, dataset: Dataset, notes: list[str]) -> Dataset:
     if problems:
         raise DataError(
             f"{table.place}: {len(problems)} lists cannot be used; each needs two completions at least and "
-            f"one of {name} for each:\n{listed(problems)}"
+            f"as many {name}:\n{listed(problems)}"
         )
     if not kept:
         raise DataError(f"{table.place}: in all {tied} lists every answer has the same of {name}")

@@ -30,6 +30,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from posttrain.evaluation.checkpoint import INDEX, Checkpoint, tied_heads
+from posttrain.models import load
 from posttrain.models.load import ADAPTER_CONFIG, BUNDLED_BASE
 from posttrain.selection.delta_apply import files_beside
 from posttrain.selection.delta_file import save_tensors
@@ -117,7 +118,9 @@ def average(
         OSError: The result cannot be written; nothing is left of it.
     """
     shares = normalised(weights, len(members))
-    folders = [str(Path(member).expanduser()) if Path(member).exists() else str(member) for member in members]
+    folders = [
+        str(member) if found is None else str(found) for member in members for found in [_local(member)]
+    ]
     adapters = [(Path(folder) / ADAPTER_CONFIG).is_file() for folder in folders]
     if any(adapters) and not all(adapters):
         raise MergeError(
@@ -134,6 +137,19 @@ def average(
         record = json.dumps(merged.to_dict() | {"folder": None}, indent=1)
         (partial / RECORD).write_text(record + "\n", encoding="utf-8")
     return merged
+
+
+def _local(member: str | Path) -> Path | None:
+    """Return the folder of a member, None for a Hub id.
+
+    Raises:
+        ModelLoadError: It looks like a folder, and there is none.
+    """
+    folder = Path(member).expanduser()
+    if folder.exists():
+        return folder
+    load._refuse_missing_folder(str(member))
+    return None
 
 
 def normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:

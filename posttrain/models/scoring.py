@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -97,15 +97,33 @@ def _load(
         tokenizer = load._load_tokenizer(config, [config.path])
     else:
         base_path = base or load._base_of(adapter)
-        revision = json.loads((adapter / ADAPTER_CONFIG).read_text()).get("revision")
-        # the adapter brings the trained head
-        model = _from_pretrained(
-            config.model_copy(update={"path": base_path, "revision": revision}), seed or 0
-        )
+        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        if settings.get("task_type") not in (None, "SEQ_CLS"):
+            fix = (
+                "merge it into its base (posttrain export RUN --format merged) and start from that"
+                if trainable
+                else "train one with task: reward"
+            )
+            raise ModelLoadError(
+                f"{config.path!r} is no reward model but an adapter of task type {settings['task_type']}: "
+                + fix
+            )
+        # a head that is new is replaced by that of the adapter
+        known = config.model_copy(update={"path": base_path, "revision": settings.get("revision")})
+        model = _from_pretrained(known, 0 if _has_head(adapter) else None)
         tokenizer = load._load_tokenizer(config, [str(adapter), base_path])
         model = load._attach(model, adapter, base_path, trainable=trainable)
     load._align(model, tokenizer, config.path)
     return model.eval(), tokenizer
+
+
+def _has_head(adapter: Path) -> bool:
+    """Whether the adapter was trained with a head of its own."""
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return False
+    with safe_open(file, framework="pt") as stored:
+        return any(head in name.split(".") for name in stored.keys() for head in HEADS)  # noqa: SIM118
 
 
 def _from_pretrained(config: ModelConfig, seed: int | None) -> PreTrainedModel:

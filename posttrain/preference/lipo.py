@@ -30,6 +30,8 @@ Data
     entry (k, i) the probability that k beats i; its rows' means are the labels, as in the paper). Or plain
     ``chosen`` and ``rejected``: lists of two with labels 1 and 0. Scores have to lie in [0, 1]
     (``labels="given"``) or are brought there list by list (``"min_max"``; equal scores become 0.5).
+    Runs of ``posttrain train`` leave out lists whose responses are all labelled alike, and say how many;
+    they refuse single responses. Trainers take both.
 
 Defaults and where they come from
     lambda, exp2 gains, base-2 discounts, the mean over pairs and the factor K: the ranking library RAX as
@@ -221,7 +223,9 @@ def list_losses(
     elif objective == "softmax":
         present = labels.masked_fill(~valid, 0.0)
         total = present.sum(dim=1, keepdim=True)
-        target = torch.where(total > 0, present / total.clamp_min(1e-30), 1 / valid.sum(dim=1, keepdim=True))
+        target = torch.where(
+            total > 0, present / total.clamp_min(1e-30), 1 / valid.sum(dim=1, keepdim=True).to(labels.dtype)
+        )
         logs = scores.masked_fill(~valid, -torch.inf).log_softmax(dim=1).masked_fill(~valid, 0.0)
         terms = -target * logs
     elif objective == "point_mse":

@@ -43,6 +43,10 @@ _PAIR_IDS = ("chosen_ids", "rejected_ids")
 _STATISTICS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
+class ListError(ValueError):
+    """Rows that are no lists of responses with labels; the message names the row."""
+
+
 @dataclass
 class Lists:
     """Which rows of a micro-batch form a list. B lists, K the longest, R rows.
@@ -129,12 +133,13 @@ def prepare_list(
         settings: Labels and size.
 
     Raises:
-        ValueError: No responses, responses without labels, or labels that are none.
+        ListError: No responses, responses without labels, or labels that are none.
     """
     try:
         labels = _labels(example, settings)
     except ValueError as error:
-        raise ValueError(f"row {index} of the lists: {error}") from error
+        begin = str(example["prompt"])[:60]
+        raise ListError(f"row {index} of the lists: {error} (prompt {begin!r})") from error
     prompt, completions = example["prompt"], example["completions"][: settings.size]
     tools = example.get("tools")
     template = {
@@ -257,13 +262,13 @@ class ListPath(PairSeams):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if self.list_settings is None:
             if listed and "chosen" not in first:
-                raise ValueError(
+                raise ListError(
                     "the data have a column completions, lists of responses: add a method that trains on "
                     "them (lipo), or give pairs, columns chosen and rejected"
                 )
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if "images" in first or "image" in first:
-            raise ValueError("lists are not defined for images: remove the column, or train on pairs")
+            raise ListError("lists are not defined for images: remove the column, or train on pairs")
         options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
         if not listed:
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -271,7 +276,7 @@ class ListPath(PairSeams):
                 return dataset.map(_pair_as_list, remove_columns=list(_PAIR_IDS), **options)
         missing = {"prompt", *RELEVANCE} - set(first)
         if "prompt" in missing or len(missing) != len(RELEVANCE) - 1:
-            raise ValueError(
+            raise ListError(
                 f"lists need the columns prompt, completions and one of {', '.join(RELEVANCE)}, found "
                 f"{', '.join(first)}"
             )

@@ -29,6 +29,7 @@ from posttrain.data.prompts import render
 from posttrain.evaluation.results import Evaluation, compare
 from posttrain.models.adapter import build_peft_config
 from posttrain.models.load import is_untrained, load_model
+from posttrain.preference.lists import ListError
 from posttrain.report import write_report
 from posttrain.rewards.pool import VerifierStartError
 from posttrain.rewards.reward import Reward, build_rewards
@@ -331,6 +332,8 @@ class _Run:
                 )
         except PlanError as error:
             raise RunError(f"selection: {error}") from error
+        except ListError as error:
+            raise RunError(f"data: {error}") from error
         self._keep_plan(trainer)
         return trainer
 

@@ -10,9 +10,9 @@ r"""``posttrain warm``: reward models trained apart, their weights averaged (WAR
 
 1. *Linear probing.* The head is trained alone on the frozen features and is the same for all members that
    begin at one checkpoint. Heads drawn apart would leave nothing to average.
-2. *Members.* M runs on the same pairs, each with a seed (order of the data, dropout) and learning rate of its
-   own, and whatever else is varied; members may begin at several checkpoints of one supervised run (the
-   paper's Baklava).
+2. *Members.* M runs on the same pairs, each with a seed (order of the data; dropout, where
+   ``trainer.disable_dropout`` is false) and learning rate of its own, and whatever else is varied; members
+   may begin at several checkpoints of one supervised run (the paper's Baklava).
 3. *Checks*, on held-out pairs. Members that are no better than chance are left out. The others are sorted by
    accuracy; one that is not linearly connected with the best, Acc of some interpolation of the two more than
    the tolerance below the line between their accuracies, is left out with a warning. With one member left,
@@ -43,6 +43,7 @@ from rich.table import Table
 
 from posttrain.config.check import check_and_load
 from posttrain.config.schema import EvaluateConfig, ExportConfig, RunConfig
+from posttrain.config.source_check import check_model
 from posttrain.config.tasks import TASKS
 from posttrain.data.load import load_data
 from posttrain.data.pairs import encode_scored
@@ -153,6 +154,9 @@ def plan_warm(
             [_override(key, choices[index % len(choices)]) for key, choices in values.items()],
             f"member {index}",
         )
+    for start in starts if config is not None else ():
+        found = check_model(config.model.model_copy(update={"path": start, "tokenizer": None}))
+        problems += [f"--start: {problem.message}" for problem in found]
     if problems or config is None or first is None:
         raise RunError("\n".join(problems))
     if not TASKS[config.task].scores:
@@ -331,6 +335,8 @@ def _member(plan: Warm, index: int, seed: int, probe: Path, folder: Path) -> tup
         part = content
         *steps, last = key.split(".")
         for step in steps:
+            if part.get(step) is None:  # a section that the configuration does not have
+                part[step] = {}
             part = part[step]
         part[last] = value
     config = RunConfig.model_validate(content)

@@ -156,11 +156,18 @@ def test_a_reward_run_takes_no_rewards_and_no_methods(problems):
     text = GOOD.partition("trainer")[0].replace("preference", "reward")
     assert problems(text=text) == {}
     assert "calls no rewards" in problems("rewards=[math]", text=text)["rewards"].message
-    assert "no methods" in problems("methods={ace: }", text=text)["methods"].message
     assert (
         "head of a reward model is new"
         in problems("export={format: delta}", text=text)["export.format"].message
     )
+    for name, task in (("ace", "rlvr"), ("lipo", "preference")):
+        found = problems(f"methods={{{name}: }}", text=text)["methods"]
+        assert "no methods" in found.message
+        assert f"or set task: {task}" in found.suggestion
+    adapter = "model.adapter={dropout: 0.1}"
+    found = problems(adapter, text=text)["model.adapter.dropout"]
+    assert (found.severity, found.suggestion) == ("warning", "set trainer.disable_dropout: false")
+    assert problems(adapter, "trainer.disable_dropout=false", text=text) == {}
     found = problems("data.label_noise={share: 0.2}", text=text.replace("reward", "sft"))
     assert "no chosen and rejected to exchange" in found["data.label_noise"].message
 

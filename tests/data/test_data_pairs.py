@@ -82,11 +82,17 @@ def test_an_implicit_prompt_of_text(load):
 
 
 @pytest.mark.parametrize(
-    ("name", "values"), [("scores", [0.5, 3, -1]), ("ranks", [2, 1, 3])], ids=["scores", "ranks"]
+    ("name", "values", "equal"),
+    [
+        ("scores", [0.5, 3, -1], [1, 1]),
+        ("ranks", [2, 1, 3], [1, 1]),
+        ("preferences", [[0.5, 0.4, 0.8], [0.6, 0.5, 0.9], [0.2, 0.1, 0.5]], [[0.5, 0.5], [0.5, 0.5]]),
+    ],
+    ids=["scores", "ranks", "preferences"],
 )
-def test_lists_give_their_best_and_worst_as_the_pair(load, name, values):
+def test_lists_give_their_best_and_worst_as_the_pair(load, name, values, equal):
     row = {"prompt": "p", "completions": [" a", " b", " c"], name: values}
-    tied = {"prompt": "q", "completions": [" a", " b"], name: [1, 1]}
+    tied = {"prompt": "q", "completions": [" a", " b"], name: equal}
     data = load([row, tied])
     (found,) = data.train
     assert (found["chosen"], found["rejected"], found["completions"]) == (" b", " c", [" a", " b", " c"])
@@ -98,6 +104,10 @@ def test_lists_of_another_length_are_named(load):
     row = {"prompt": "p", "completions": [" a", " b"], "scores": [1.0]}
     with pytest.raises(DataError, match=r"line 1: 2 completions and 1 scores"):
         load([row])
+    for table, message in (([[0.5, 1]], "square table"), ([[0.5, 2], [0, 0.5]], r"numbers in \[0, 1\]")):
+        wrong = {"prompt": "p", "completions": [" a", " b"], "preferences": table}
+        with pytest.raises(DataError, match=f"line 1: column 'preferences' .* {message}"):
+            load([wrong])
 
 
 def test_equal_answers_are_left_out_and_empty_ones_kept_both_aloud(load):

@@ -24,6 +24,7 @@ from posttrain.merging.formulas import (
     pair_accuracy,
     pick_win_rate,
 )
+from posttrain.models.load import ModelLoadError
 
 
 def save(model, folder, **options):
@@ -205,6 +206,8 @@ def test_what_does_not_belong_together_is_named(tmp_path):
         {"format": "pt"},
     )
     refused(extra, "v is only in")
+    with pytest.raises(ModelLoadError, match=r"no such folder: .*/nowhere"):
+        average([one, tmp_path / "nowhere"], tmp_path / "out")
     refused(one, "weights >= 0", weights=[1.0, -1.0])
     refused(one, "need 2 weights", weights=[1.0])
     (tmp_path / "full").mkdir()

@@ -147,6 +147,8 @@ def test_lists_without_pairs(objective):
 def test_softmax_without_labels_is_uniform():
     expected = -sum(math.log(math.exp(s) / (math.exp(0.3) + math.exp(-0.2))) for s in (0.3, -0.2)) / 2
     assert loss("softmax", [0.3, -0.2], [0, 0]) == pytest.approx(expected)
+    three = loss("softmax", [0.3, -0.2, 20.0], [0, 0, 0])
+    assert three == pytest.approx(-sum(x - 20.0 for x in (0.3, -0.2, 20.0)) / 3, abs=1e-7)  # in float64
 
 
 def test_slope_where_policy_is_reference():

@@ -5,10 +5,13 @@ import math
 import pytest
 import support
 import torch
-from transformers import LlamaForSequenceClassification
+from peft import get_peft_model
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from posttrain.config.schema import DataConfig, RewardConfig
+from posttrain.config.schema import DataConfig, ModelConfig, RewardConfig
 from posttrain.data.pairs import encode_scored
+from posttrain.models.load import ModelLoadError
+from posttrain.models.scoring import load_reward_model
 from posttrain.rewards import build_rewards
 from posttrain.rewards.model import ModelReward
 from posttrain.rewards.registry import ParameterError
@@ -88,3 +91,18 @@ def test_a_causal_model_is_no_reward_model(tmp_path):
         ModelReward(tmp_path)
     with pytest.raises(ValueError, match="is not trained"):
         ModelReward("embedded:char-llama")
+
+
+def test_an_adapter_without_a_head_is_no_reward_model(tmp_path):
+    """A head would be drawn for it, and give numbers that mean nothing."""
+    support.model().save_pretrained(tmp_path / "base")
+    support.tokenizer().save_pretrained(tmp_path / "base")
+    for name, settings in (("causal", {}), ("untyped", {"task_type": None})):
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        get_peft_model(base, support.lora(**settings)).save_pretrained(tmp_path / name)
+    with pytest.raises(ModelLoadError, match="adapter of task type CAUSAL_LM: train one with task: reward"):
+        ModelReward(tmp_path / "causal", base=str(tmp_path / "base"))
+    with pytest.raises(ModelLoadError, match="has no trained head"):
+        ModelReward(tmp_path / "untyped", base=str(tmp_path / "base"))
+    with pytest.raises(ModelLoadError, match="merge it into its base"):
+        load_reward_model(ModelConfig(path=str(tmp_path / "causal")))

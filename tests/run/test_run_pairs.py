@@ -104,6 +104,22 @@ def test_pairs_that_do_not_fit_are_refused_before_anything_is_written(job, tmp_p
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_lists_whose_labels_are_none_are_a_wrong_request(tmp_path):
+    rows = [{"prompt": f"say {i}", "completions": [" a", " b"], "scores": [7, i]} for i in range(4)]
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "task": "preference",
+        "threads": 1,
+        "run_dir": str(tmp_path / "run"),
+        "data": {"source": str(tmp_path / "lists.jsonl")},
+        "methods": {"lipo": {}},
+        "trainer": {"max_steps": 1},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    refused = posttrain("train", tmp_path / "run.yaml", code=2).stderr
+    assert "set labels to min_max (prompt 'say 0')" in refused
+
+
 def test_a_reward_run_is_a_reward_of_another_run(job, tmp_path):
     scorer, _ = job("reward", LORA, name="scorer")
     trainer = {"num_generations": 2, "max_completion_length": 4, "max_steps": 2, "max_length": None}

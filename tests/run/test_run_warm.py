@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from posttrain.config.check import check_and_load
 from posttrain.run.directory import RunError
-from posttrain.run.warm import _averaged, plan_warm
+from posttrain.run.warm import _averaged, _member, plan_warm
 
 WORDS = ("sun", "moon", "star", "sea", "hill", "tree", "bird", "fish")
 
@@ -156,6 +156,13 @@ def test_members_that_are_no_good_or_far_away_are_left_out(config, tmp_path):
         _averaged(plan, [members[2]], tmp_path / "none", said.append)
 
 
+def test_members_may_vary_a_section_that_the_file_does_not_have(config, tmp_path):
+    plan = plan_warm(config(), vary=["model.adapter.dropout=0.1,0.2"])
+    made = [_member(plan, index, 0, tmp_path, tmp_path / "member")[0] for index in (0, 1)]
+    assert [run.model.adapter.dropout for run in made] == [0.1, 0.2]
+    assert made[0].export.format == "adapter"
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
@@ -164,6 +171,7 @@ def test_members_that_are_no_good_or_far_away_are_left_out(config, tmp_path):
         ([], {"vary": ["trainer.learning_rat=1"]}, "member 0"),
         ([], {"shares": [1.0]}, "between 0 and 1"),
         ([], {"members": 0}, "at least 1"),
+        ([], {"starts": ["/nowhere/at/all"]}, "--start: the folder /nowhere/at/all does not exist"),
     ],
 )
 def test_requests_that_cannot_be_met(config, changes, options, message):
