@@ -154,9 +154,9 @@ def plan_warm(
             [_override(key, choices[index % len(choices)]) for key, choices in values.items()],
             f"member {index}",
         )
-    for start in starts if config is not None else ():
-        found = check_model(config.model.model_copy(update={"path": start, "tokenizer": None}))
-        problems += [f"--start: {problem.message}" for problem in found]
+    if config is not None:
+        models = [config.model.model_copy(update={"path": start, "tokenizer": None}) for start in starts]
+        problems += [f"--start: {found.message}" for model in models for found in check_model(model)]
     if problems or config is None or first is None:
         raise RunError("\n".join(problems))
     if not TASKS[config.task].scores:
