@@ -158,11 +158,7 @@ def prepare_list(
         whole = [_tokenize(processing_class, prompt + text)["input_ids"] for text in texts]
     length = min(common_prefix_length(prompt_ids, ids) for ids in whole)
     if length < len(prompt_ids):
-        warn_once(
-            "a prompt is not a prefix of prompt and response in tokens, so its end "
-            f"{processing_class.decode(prompt_ids[length:])!r} counts to the responses: end prompts on a "
-            "token boundary, or use a chat template that renders them alike"
-        )
+        _warn_of_boundary()
     return {
         "prompt_ids": list(prompt_ids[:length]),
         "completion_ids": [list(ids[length:]) for ids in whole],
@@ -171,9 +167,11 @@ def prepare_list(
 
 
 @functools.cache
-def warn_once(message: str) -> None:
-    """Warn of what holds for many rows, once for each text."""
-    logger.warning(message)
+def _warn_of_boundary() -> None:
+    logger.warning(
+        "a prompt is not a prefix of prompt and response in tokens, so its end counts to the responses: end "
+        "prompts on a token boundary, or use a chat template that renders them alike"
+    )
 
 
 def _labels(example: dict[str, Any], settings: ListSettings) -> list[float]:

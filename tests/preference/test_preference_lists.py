@@ -330,7 +330,8 @@ def test_preparation_is_that_of_pairs(tmp_path):
             **{n: [{"role": "assistant", "content": row[n]}] for n in ("chosen", "rejected")},
         }
     )
-    for data in (plain, chat):
+    # the last renders the prompt alone in another way than before an answer
+    for data, opening in ((plain, ""), (chat, "a."), (chat, "a.z")):
         lists = data.map(
             lambda row: {"completions": [row["chosen"], row["rejected"]], "ranks": [1, 2]},
             remove_columns=["chosen", "rejected"],
@@ -340,7 +341,7 @@ def test_preparation_is_that_of_pairs(tmp_path):
             tokenizer = support.tokenizer()
             tokenizer.chat_template = (
                 "{% for m in messages %}{{ m.role[0] }}.{{ m.content }}{{ eos_token }}{% endfor %}"
-                "{% if add_generation_prompt %}a.{% endif %}"
+                "{% if add_generation_prompt %}" + opening + "{% endif %}"
             )
             runs.append(_with_tokenizer(tmp_path, given, tokenizer, max_length=16))
         assert len(runs[0].train_dataset) == 5
