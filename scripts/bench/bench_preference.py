@@ -61,7 +61,7 @@ ARMS = {
     "sparse_po": {"sparse_po": {}},
     "mapo": {"sparse_po": {"token_mask": "mapo"}},
     "rpo": {"rpo": {}},
-    "flex_dpo": {"flex_dpo": {}},
+    "flex_dpo": {"flex_dpo": {"beta_rejected": 0.08}},
     "lipo": {"lipo": {}},
 }
 
