@@ -32,6 +32,10 @@ FORMS = ("messages", "text", "completion", "label")
 """Columns that TRL would take for another kind of data."""
 
 
+LABELS = ("scores", "ranks", "preferences")
+"""Columns that say how good the answers of a list are; the first that is there counts."""
+
+
 def to_pairs(table: Table, notes: list[str]) -> Dataset:
     """Return checked rows in the form of :mod:`posttrain.data.pairs`.
 
@@ -84,7 +88,7 @@ def to_pairs(table: Table, notes: list[str]) -> Dataset:
 def flip(dataset: Dataset, noise: LabelNoiseConfig, notes: list[str]) -> tuple[Dataset, dict[str, Any]]:
     """Exchange chosen and rejected in some rows; scores and margins of the pair stay where they are.
 
-    In a list the best and the worst answer exchange their scores.
+    In a list the best and the worst answer exchange their labels.
 
     Args:
         dataset: Training rows with ``chosen`` and ``rejected``.
@@ -133,17 +137,32 @@ def flip(dataset: Dataset, noise: LabelNoiseConfig, notes: list[str]) -> tuple[D
         better[index], worse[index] = worse[index], better[index]
     order = dataset.column_names
     new = {"chosen": better, "rejected": worse}
-    if {"completions", "scores"} <= set(order):
-        new["scores"] = dataset["scores"][:]
-        for index in chosen:
-            scores = list(new["scores"][index])
-            best, last = scores.index(max(scores)), scores.index(min(scores))
-            scores[best], scores[last] = scores[last], scores[best]
-            new["scores"][index] = scores
+    for label in LABELS if "completions" in order else ():
+        if label in order:
+            new[label] = dataset[label][:]
+            for index in chosen:
+                new[label][index] = _exchanged(label, new[label][index])
     dataset = dataset.remove_columns(list(new))
     for name, column in new.items():
         dataset = dataset.add_column(name, column)
     return dataset.select_columns(order), about
+
+
+def _merits(label: str, values: Sequence[Any]) -> list[float]:
+    """Return one number per answer of a list, higher is better."""
+    if label == "preferences":
+        return [sum(row) / len(row) for row in values]
+    return [-float(value) if label == "ranks" else float(value) for value in values]
+
+
+def _exchanged(label: str, values: Sequence[Any]) -> list[Any]:
+    """Return the labels of a list with those of the best and the worst answer exchanged."""
+    merits, places = _merits(label, values), list(range(len(values)))
+    best, last = merits.index(max(merits)), merits.index(min(merits))
+    places[best], places[last] = last, best
+    if label == "preferences":
+        return [[values[row][column] for column in places] for row in places]
+    return [values[place] for place in places]
 
 
 def _values(file: str, column: str) -> set[Any]:
@@ -319,17 +338,14 @@ def _split_off_prompts(columns: dict[str, list[Any]], table: Table) -> dict[str,
 
 def _from_lists(table: Table, dataset: Dataset, notes: list[str]) -> Dataset:
     """Add the best and the worst answer of each list as chosen and rejected."""
-    name = next(column for column in ("scores", "ranks", "preferences") if column in dataset.column_names)
+    name = next(label for label in LABELS if label in dataset.column_names)
     problems, kept, tied = [], [], 0
     better, worse = [], []
     for index, (replies, values) in enumerate(zip(dataset["completions"][:], dataset[name][:], strict=True)):
         if len(replies) != len(values) or len(replies) < 2:
             problems.append(f"{table.where(index)}: {len(replies)} completions and {len(values)} {name}")
             continue
-        if name == "preferences":
-            merits = [sum(row) / len(row) for row in values]
-        else:
-            merits = [-float(value) if name == "ranks" else float(value) for value in values]
+        merits = _merits(name, values)
         if max(merits) == min(merits):
             tied += 1
             continue

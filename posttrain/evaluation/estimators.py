@@ -209,7 +209,8 @@ def self_bleu(completions: Sequence[Sequence[int]], order: int = 4) -> float | N
         order: Longest n-gram.
 
     Returns:
-        A number in [0, 1], 1 when all are the same, or None with fewer than two completions.
+        A number in [0, 1], 1 when all are the same and have ``order`` tokens, or None with fewer than two
+        completions.
     """
     if len(completions) < 2:
         return None

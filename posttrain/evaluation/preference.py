@@ -16,7 +16,8 @@ score                   mean score of the first reward, where the run names one
 win_rate                share of pairs, one continuation by pi and one by ref, in which that of pi scores
                         higher, a tie counting half
 prompt_distinct-n       different n-grams of the continuations of one prompt, divided by all
-self_bleu               BLEU of each continuation against the others of its prompt (1: all are the same)
+self_bleu               BLEU of each continuation against the others of its prompt (1: all are the same four
+                        tokens or more)
 ======================  ======================================================================================
 
 The divergences are estimates only where y is drawn from pi itself, so they are left out at a temperature

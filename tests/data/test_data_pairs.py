@@ -171,10 +171,23 @@ def test_label_noise_from_a_file(load, tmp_path):
         load([pair(7, id=7)], label_noise={"file": str(flips), "column": "id"})
 
 
-def test_label_noise_in_lists_exchanges_the_scores_of_best_and_worst(load):
-    row = {"prompt": "p", "completions": [" a", " b", " c"], "scores": [0.5, 3.0, -1.0]}
+@pytest.mark.parametrize(
+    ("name", "values", "noisy"),
+    [
+        ("scores", [0.5, 3.0, -1.0], [0.5, -1.0, 3.0]),
+        ("ranks", [2, 1, 3], [2, 3, 1]),
+        (
+            "preferences",
+            [[0.5, 0.4, 0.8], [0.6, 0.5, 0.9], [0.2, 0.1, 0.5]],
+            [[0.5, 0.8, 0.4], [0.2, 0.5, 0.1], [0.6, 0.9, 0.5]],
+        ),
+    ],
+    ids=["scores", "ranks", "preferences"],
+)
+def test_label_noise_in_lists_exchanges_the_labels_of_best_and_worst(load, name, values, noisy):
+    row = {"prompt": "p", "completions": [" a", " b", " c"], name: values}
     (found,) = load([row], label_noise={"share": 1.0}).train
-    assert (found["chosen"], found["rejected"], found["scores"]) == (" c", " b", [0.5, -1.0, 3.0])
+    assert (found["chosen"], found["rejected"], found[name]) == (" c", " b", noisy)
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
