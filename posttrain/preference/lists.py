@@ -391,6 +391,7 @@ class ListPath(PairSeams):
         pairs, ref_sums = inputs.pop("pairs"), inputs.pop(_REFERENCE, None)
         completion = inputs.pop("completion_mask")
         self.mask, self.tokens = completion[..., 1:], inputs["input_ids"][..., 1:]
+        self.lengths = completion.sum(dim=1)
         kwargs = {
             **inputs,
             "use_cache": False,

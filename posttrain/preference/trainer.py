@@ -241,7 +241,9 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
         margin, tokens = None, self.tokens
         if batch.lists is not None:  # the best and the worst response of each
             rows = torch.cat([batch.lists.best, batch.lists.worst])
-            kept = {name: getattr(batch, name)[rows] for name in ("logps", "mask", "sums", "ref_sums")}
+            kept = {
+                name: getattr(batch, name)[rows] for name in ("logps", "mask", "sums", "ref_sums", "lengths")
+            }
             batch, tokens = dataclasses.replace(batch, lists=None, ref_logps=None, **kept), tokens[rows]
         elif self._replacing is None:
             margin = diagnostics.margins(scores, batch.sums.detach(), self.lengths, how)
