@@ -9,11 +9,14 @@ forms is the score S of :mod:`posttrain.preference.method`, gradient included.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from trl import DPOTrainer as TRLDPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -29,6 +32,8 @@ class PairSeams(InitialPolicy, TRLDPOTrainer):
 
     # outputs of the reference's latest forward, while several passes over one batch share them
     _reference_outputs: list[Any] | None = None
+
+    _shared = 0  # data sets written for other ranks
 
     @property
     def wants_kl(self) -> bool:
@@ -98,6 +103,21 @@ class PairSeams(InitialPolicy, TRLDPOTrainer):
             loss, outputs = result
             return self.on_loss(loss), outputs
         return self.on_loss(result)
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute the reference's sums; other ranks read them in a file beside that of the rows."""
+        if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
+            dataset = self._written(dataset)  # rows in memory have no place that all ranks know
+        return super()._precompute_ref_logps(dataset, *args, **kwargs)
+
+    def _written(self, dataset: Dataset) -> Dataset:
+        folder = Path(self.args.output_dir or ".") / "_precomputed" / str(self._shared)
+        self._shared += 1
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+            dataset.save_to_disk(folder)
+        self.accelerator.wait_for_everyone()
+        return Dataset.load_from_disk(folder)
 
     def _forward_with_kl(self, model: Any, kwargs: dict[str, Any], inputs: dict[str, Any]) -> Any:
         policy = self.accelerator.unwrap_model(self.model)

@@ -1,12 +1,14 @@
 """DPOTrainer: TRL bit for bit without methods, and the score of the stages with them."""
 
 import math
+from types import SimpleNamespace
 
 import pairs
 import pytest
 import support
 import torch
 from peft import LoraConfig
+from trl import DPOTrainer as TRLDPOTrainer
 
 from posttrain.preference.method import Batch, Method
 from posttrain.rl.method import Conflict
@@ -192,6 +194,22 @@ def test_a_reference_that_moves_is_resumed(tmp_path):
     support.assert_same(support.weights(whole.ref_model), support.weights(again.ref_model))
     support.assert_same(support.weights(whole.model), support.weights(again.model))
     assert not torch.equal(whole.ref_model.lm_head.weight, support.model().lm_head.weight)
+
+
+def test_rows_in_memory_are_written_for_other_ranks(tmp_path, monkeypatch):
+    """TRL keeps the reference's sums beside the rows; without a file every rank would look elsewhere."""
+    run = pairs.trainer(tmp_path)
+    seen = []
+    monkeypatch.setattr(TRLDPOTrainer, "_precompute_ref_logps", lambda _, dataset, *__: seen.append(dataset))
+    for ranks in (1, 2):
+        run.accelerator = SimpleNamespace(
+            num_processes=ranks, is_main_process=True, wait_for_everyone=lambda: None
+        )
+        run._precompute_ref_logps(pairs.rows(3), "train", 2)
+    alone, shared = seen
+    assert not alone.cache_files
+    assert str(tmp_path) in shared.cache_files[0]["filename"]
+    assert shared.to_list() == alone.to_list()
 
 
 def test_gauges_are_logged_and_methods_compared_on_resume(tmp_path):
