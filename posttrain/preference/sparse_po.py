@@ -44,6 +44,33 @@ Composes with
     divergence counts twice, so take one. Refused: what TDPO refuses. ``sync_ref_model`` moves what the masks
     look at: there is a warning. LoRA and bf16 policies, recomputation, padding and truncation change nothing.
 
+Does it do what it claims?
+    In part, and not by being sparse. ``configs/evidence/sparse_po.yaml`` (its first lines are the commands):
+    a model of 260 K weights, one epoch over 570 pairs of its own stories, judged by the known word score of
+    sampled continuations, five seeds, 95 % t intervals. KL is that of continuations to the start, in nats::
+
+        arm (beta)         KL                   score                win rate             accuracy
+        DPO 0.1            15.2 [13.3, 17.0]    0.752 [0.741, 0.762] 0.963 [0.955, 0.971] 0.781 [0.738, 0.823]
+        DPO 0.2            11.0 [9.8, 12.2]     0.735 [0.723, 0.747] 0.952 [0.937, 0.966] 0.802 [0.749, 0.854]
+        DPO 0.5             7.3 [6.6, 8.1]      0.694 [0.676, 0.712] 0.911 [0.893, 0.929] 0.808 [0.756, 0.860]
+        DPO 2               5.5 [4.9, 6.1]      0.657 [0.645, 0.669] 0.867 [0.851, 0.882] 0.778 [0.732, 0.823]
+        TDPO-2 0.1          4.3 [4.0, 4.5]      0.633 [0.627, 0.639] 0.834 [0.824, 0.844] 0.806 [0.771, 0.842]
+        TDPO-2 0.005        5.0 [4.8, 5.2]      0.636 [0.628, 0.644] 0.842 [0.827, 0.856] 0.790 [0.754, 0.826]
+        ones 0.1           19.6 [17.3, 21.9]    0.807 [0.798, 0.816] 0.984 [0.980, 0.989] 0.752 [0.717, 0.787]
+        ones 0.5            8.6 [8.1, 9.1]      0.724 [0.711, 0.737] 0.937 [0.927, 0.947] 0.784 [0.732, 0.836]
+        ones 2              5.8 [5.3, 6.3]      0.668 [0.648, 0.688] 0.873 [0.848, 0.897] 0.765 [0.721, 0.808]
+        MaPO 0.5           12.3 [11.3, 13.3]    0.768 [0.753, 0.782] 0.967 [0.960, 0.973] 0.773 [0.738, 0.808]
+        MaPO 2              6.9 [6.7, 7.2]      0.696 [0.682, 0.709] 0.907 [0.895, 0.920] 0.773 [0.712, 0.833]
+        faithful 0.5       34.9 [19.0, 50.7]    0.754 [0.685, 0.823] 0.957 [0.914, 1.000] 0.632 [0.566, 0.698]
+        faithful 8         31.7 [16.6, 46.7]    0.747 [0.684, 0.810] 0.953 [0.912, 0.993] 0.637 [0.565, 0.709]
+
+    Score above DPO's curve at equal KL: ones 0.5 +0.015 [0.009, 0.021], ones 2 +0.005 [-0.008, 0.018], MaPO
+    0.5 +0.027 [0.019, 0.035], MaPO 2 +0.011 [0.002, 0.020]; TDPO-2, which hardly leaves the start, -0.012
+    [-0.025, 0.001]. The price is accuracy on held-out pairs, 0.018 to 0.032 lower, and more alike samples
+    (self-BLEU +0.009 to +0.024). With ``ones`` the mask stays near 1 (mean 0.98, no zeros), so this is
+    TDPO-1's merit; with the official start its mean falls to 0.001 and DPO is simply unregularised. Published
+    gains on larger models were not looked for.
+
 When not to use it
     - When you want to know where a model's preference lies: masks are a training device, and the loss does
     not

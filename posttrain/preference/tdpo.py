@@ -55,6 +55,11 @@ Composes with
     would be lost: use LoRA or ZeRO-2. With SparsePO the divergences of both methods add up: take one of
     them.
 
+Does it do what it claims?
+    It brakes: at beta 0.1 the KL of samples after one epoch is 4.3 nats where DPO's is 15.2, with the same
+    accuracy on held-out pairs. A better exchange of reward for KL did not show: at equal KL its score is
+    -0.012 [-0.025, 0.001] beside DPO's curve. The table is on the page of ``sparse_po``.
+
 When not to use it
     - When chosen and rejected are one text. TDPO-1 then has no gradient, TDPO-2 has one as soon as the
       policy has moved, because only one side is stopped: drop such pairs.
