@@ -40,12 +40,15 @@ def test_the_example_method_is_found_and_works(tmp_path):
 
 
 def test_the_example_configuration_is_accepted(tmp_path):
-    run, selection = re.findall(r"```yaml\n(.*?)```", README, re.S)
-    (tmp_path / "run.yaml").write_text(run + selection)
     from posttrain.config.check import check_config
 
-    report = check_config(tmp_path / "run.yaml")
-    assert report.ok, report.text()
+    run, selection, preference = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    preference = preference.replace("pairs.jsonl", str(tmp_path / "pairs.jsonl"))
+    for text in (run + selection, preference):
+        (tmp_path / "run.yaml").write_text(text)
+        report = check_config(tmp_path / "run.yaml")
+        assert report.ok, report.text()
 
 
 @pytest.mark.parametrize(

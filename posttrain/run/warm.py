@@ -23,6 +23,17 @@ r"""``posttrain warm``: reward models trained apart, their weights averaged (WAR
 Why it helps against wrong labels (toy of the paper): what one run learns with probability p has weight p in a
 mean of predictions, and p^2 in a mean of the weights of two layers, so what only some runs picked up fades.
 Where the configuration has label noise, the share of wrong training labels that is reproduced is reported.
+
+Does it do what it claims?
+    Of the two claims one shows. ``configs/evidence/warm.yaml`` (its first lines are the command): a fifth of
+    the labels exchanged, four members from one head, five repetitions, 95 % t intervals, 125 clean held-out
+    pairs. Wrong labels reproduced: 0.205 [0.166, 0.245] by the average, where a single model reproduces 0.307
+    [0.277, 0.336] (difference -0.101 [-0.139, -0.064]) and the ensemble of the averaged members 0.254 [0.220,
+    0.289] (-0.049 [-0.087, -0.011]). Held-out accuracy: average 0.858 [0.841, 0.874], a single model 0.842
+    [0.822, 0.861] (+0.016 [-0.001, 0.033]: not clear), the ensemble 0.902 [0.865, 0.940], the best member,
+    chosen on the pairs that judge it, 0.888 [0.850, 0.926]. One to three of the four members were averaged:
+    at a learning rate of 2e-3 this small model leaves the basin, and the check of connectivity leaves the
+    others out. So the average forgets wrong labels here, and does not replace the ensemble.
 """
 
 from __future__ import annotations
