@@ -13,10 +13,10 @@ START, END = "<!-- methods: written by scripts/update_readme.py -->", "<!-- end 
 def methods_table() -> str:
     """Return the table of all built-in methods as Markdown."""
     rows = ["| config key | task | method | paper |", "|---|---|---|---|"]
-    for name, cls in method_pages.available().items():
+    for cls in method_pages.available().values():
         papers = cls.paper if isinstance(cls.paper, tuple) else (cls.paper,)
         links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers if paper) or "-"
-        rows.append(f"| `{name}` | {method_pages.task_of(cls)} | {cls.title} | {links} |")
+        rows.append(f"| `{cls.name}` | {method_pages.task_of(cls)} | {cls.title} | {links} |")
     return "\n".join(rows)
 
 

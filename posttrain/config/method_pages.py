@@ -40,7 +40,11 @@ def available() -> dict[str, type[Method]]:
 
 
 def resolve(name: str) -> type[Method]:
-    """Return a method's class, see :func:`posttrain.find_methods.resolve`."""
+    """Return a method's class by ``NAME`` or ``TASK/NAME``, see :func:`posttrain.find_methods.resolve`."""
+    task, _, alone = name.rpartition("/")
+    cls = available().get(alone)
+    if cls is not None and task == task_of(cls):
+        return cls
     return find_methods.resolve(name, available(), (rl.Method, preference.Method, sft.Method, Selector))
 
 
@@ -109,7 +113,8 @@ def print_list(classes: Iterable[type[Method]], console: Console) -> None:
     console.print(table)
     console.print(
         "'posttrain methods NAME' explains one; 'methods: {NAME: {parameter: value}}' in a config uses it, "
-        "'selection: {NAME: {parameter: value}}' where the task is selection."
+        "'selection: {NAME: {parameter: value}}' where the task is selection. A name of two tasks: "
+        "'posttrain methods TASK/NAME'."
     )
 
 

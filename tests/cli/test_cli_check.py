@@ -138,10 +138,17 @@ def test_methods_lists_every_method(run):
 
     result = run("methods")
     assert result.exit_code == 0
-    for name, cls in available().items():
-        assert name in result.stdout
+    for cls in available().values():
+        assert cls.name in result.stdout
         assert (cls.paper or "") in result.stdout
-    assert [method["name"] for method in json.loads(run("methods", "--json").stdout)] == list(available())
+    listed = json.loads(run("methods", "--json").stdout)
+    assert [method["name"] for method in listed] == [cls.name for cls in available().values()]
+
+
+def test_a_name_of_two_tasks_has_two_pages(run):
+    pages = [run("methods", name).stdout for name in ("feasible", "preference/feasible", "sft/feasible")]
+    assert pages[0] == pages[1] != pages[2]
+    assert json.loads(run("methods", "sft/feasible", "--json").stdout)["task"] == "sft"
 
 
 def test_a_method_is_explained_by_its_module(run):
