@@ -57,6 +57,21 @@ When not to use it
     - Labels of one reward model that is not trusted beyond the order: ``pair_logistic`` ignores gaps.
     - With pairs only: lambda, pair_logistic, list_mle and softmax are DPO there, up to a factor.
 
+Does it do what it claims?
+    On scores yes. ``configs/evidence/lipo.yaml`` (its first lines are the commands): 384 lists of eight
+    continuations of story openings, sampled from the model of 260,000 weights that is trained and ordered by
+    a known word score; DPO on the best and the worst of each list, ``pair_logistic`` (DPO's loss on all its
+    pairs), and ``lambda``; beta 0.1, five seeds, 95 % t intervals, 125 held-out pairs::
+
+        arm            score                 win rate              accuracy              KL
+        best-worst     0.776 [0.759, 0.794]  0.972 [0.964, 0.980]  0.781 [0.735, 0.826]  14.0 [12.9, 15.2]
+        pair_logistic  0.791 [0.779, 0.803]  0.976 [0.967, 0.985]  0.811 [0.795, 0.828]  12.3 [12.0, 12.7]
+        lambda         0.816 [0.795, 0.837]  0.986 [0.975, 0.998]  0.786 [0.725, 0.846]  15.6 [14.8, 16.3]
+
+    Over best-worst, paired by seed, the score of lambda is +0.040 [0.020, 0.059] and its win rate +0.014
+    [0.004, 0.024], for 1.6 [0.0, 3.1] nats more KL; that of all pairs +0.015 [-0.001, 0.031] for 1.7 [0.6,
+    2.8] nats less. Accuracy does not differ. Lists of other lengths were not compared.
+
 What to watch
     ``rewards/accuracies`` (all pairs that labels order), ``lipo/ndcg`` (of the ranking by scores, gain and
     discount as set), ``lipo/lists_without_pairs`` (part of lists that teach nothing), ``rewards/chosen`` and

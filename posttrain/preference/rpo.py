@@ -104,7 +104,7 @@ class RPO(Method):
     """Add an imitation loss on the chosen answers. See the module page."""
 
     name = "rpo"
-    title = "RPO: supervised loss on chosen answers as a regulariser (arXiv 2405.16436)"
+    title = "RPO: supervised loss on chosen answers as a regulariser"
     paper = "2405.16436"
     for_lists = True
 

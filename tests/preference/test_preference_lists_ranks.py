@@ -28,7 +28,7 @@ def run(folder, ranks, *, forward_rows=0, precompute=False):
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -327,10 +327,10 @@ def test_gauges():
 
     means, _ = batch.gauges.flush(OneProcess())
     assert means == {
-        "/value/a": 0.5,
-        "/weight/a": near(0.598688),
-        "/weight/b": near(0.379949),
-        "/task_weight": near(2 - 0.598688 - 0.379949, 1e-6),
+        "value/a": 0.5,
+        "weight/a": near(0.598688),
+        "weight/b": near(0.379949),
+        "task_weight": near(2 - 0.598688 - 0.379949, 1e-6),
     }
 
 

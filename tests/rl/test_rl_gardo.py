@@ -268,7 +268,7 @@ def test_gate_stage():
     assert torch.equal(method.advantages(batch), before)
     assert batch.carry["gardo_gate"].tolist() == [1.0, 0.0, 0.0, 0.0]
     means, _ = batch.gauges.flush(OneProcess())
-    assert means == {"/gated_rows": 0.25, "/uncertainty": 0.75, "/share": 0.25}
+    assert means == {"gated_rows": 0.25, "uncertainty": 0.75, "share": 0.25}
     gated = rollout(MATRIX, WEIGHTS)
     GardoKL(fraction=0.25, bounds=(0.02, 0.5), normalize="gated").advantages(gated)
     assert gated.carry["gardo_gate"].tolist() == [4.0, 0.0, 0.0, 0.0]

@@ -304,12 +304,12 @@ def test_gauges():
 
     values, _ = seen.gauges.flush(OneProcess())
     assert values == {
-        "/negative_tokens": 6,
-        "/candidates": 3,
-        "/gated_tokens": 2,
-        "/gated_share": near(2 / 9),
-        "/log_ratio_mean": near(OPEN),
-        "/bounded_share": 0,
+        "negative_tokens": 6,
+        "candidates": 3,
+        "gated_tokens": 2,
+        "gated_share": near(2 / 9),
+        "log_ratio_mean": near(OPEN),
+        "bounded_share": 0,
     }
 
 

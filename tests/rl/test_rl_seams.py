@@ -246,7 +246,7 @@ def test_stages_change_what_they_say(loss_type, tmp_path):
 
 
 def test_methods_must_be_methods(tmp_path):
-    with pytest.raises(TypeError, match="Method instances such as ACE"):
+    with pytest.raises(TypeError, match="takes instances such as ACE"):
         build(GRPOTrainer, tmp_path, methods=["ace"])
     with pytest.raises(ValueError, match="everything more than once"):
         build(GRPOTrainer, tmp_path, methods=[Everything(), Everything()])

@@ -54,7 +54,7 @@ def test_live_head_gives_the_log_probs_of_the_loss(adapter, checkpointing, tmp_p
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_first_scoring_pass_off_policy_is_the_policy_that_generated(adapter, tmp_path, monkeypatch):
-    """Not the reference, which with an adapter is the same model with the adapter switched off."""
+    """Not the reference, which with an adapter is the same model with another one."""
     support.model(seed=9).save_pretrained(tmp_path / "base")
     monkeypatch.setattr("trl.trainer.grpo_trainer.get_config_model_id", lambda config: str(tmp_path / "base"))
     trainer = build(
@@ -66,6 +66,10 @@ def test_first_scoring_pass_off_policy_is_the_policy_that_generated(adapter, tmp
         temperature=0.7,
     )
     trainer.wants_old_head = trainer.wants_reference = True
+    if adapter:  # as it began it is the reference
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B.default" in name:
+                parameter.data.mul_(2)
     parts = []
 
     def on_old_head(scored):

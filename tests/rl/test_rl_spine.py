@@ -342,13 +342,13 @@ def test_gauges():
 
     values, _ = tokens.gauges.flush(OneProcess())
     assert values == {
-        "/fork_share": 0.5,
-        "/fork_entropy": near(0.9, abs=1e-6),
-        "/follower_entropy": near(0.04, abs=1e-6),
-        "/band_low": near(0.18, abs=1e-6),
-        "/band_high": near(0.9, abs=1e-6),
-        "/below_band": 0.2,
-        "/above_band": 0.4,
+        "fork_share": 0.5,
+        "fork_entropy": near(0.9, abs=1e-6),
+        "follower_entropy": near(0.04, abs=1e-6),
+        "band_low": near(0.18, abs=1e-6),
+        "band_high": near(0.9, abs=1e-6),
+        "below_band": 0.2,
+        "above_band": 0.4,
     }
 
 
