@@ -13,6 +13,26 @@ from posttrain.rl.method import Conflict, Setup
 logger = logging.getLogger(__name__)
 
 
+def setup_of(methods: Sequence[Any], config: Any, config_class: Any, *, adapter: bool, **more: Any) -> Setup:
+    """Return what methods may look at when a trainer is built.
+
+    Args:
+        methods: What the trainer was given.
+        config: Its configuration, or None for the defaults of ``config_class``.
+        config_class: TRL's.
+        adapter: Whether a PEFT adapter is trained.
+        **more: Further fields of :class:`~posttrain.rl.method.Setup`.
+    """
+    fields = {name: entry.default for name, entry in config_class.__dataclass_fields__.items()}
+    return Setup(
+        trainer=fields if config is None else vars(config),
+        methods=tuple(getattr(method, "name", "") for method in methods),
+        adapter=adapter,
+        ranks=1 if config is None else config.world_size,
+        **more,
+    )
+
+
 def vet(methods: Sequence[Any], base: type, setup: Setup, *, example: str) -> list[Conflict]:
     """Refuse methods that cannot work together or in this setup; warn about doubtful ones.
 

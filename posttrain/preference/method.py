@@ -95,7 +95,6 @@ class Batch:
         tokens: (R, T) the token ids y_t, or None.
         watched: What this method's :meth:`Method.watch_reference` gave.
         loss_types: TRL's ``loss_type``.
-        step: Optimiser steps done.
         gauges: Where a method logs numbers.
         training: False in an evaluation.
         lists: Which rows form a list, with their labels; None for pairs.
@@ -113,7 +112,6 @@ class Batch:
     tokens: torch.Tensor | None = None
     watched: Any = None
     loss_types: tuple[str, ...] = ("sigmoid",)
-    step: int = 0
     training: bool = True
     lists: Lists | None = None
     lengths: torch.Tensor | None = None

@@ -25,14 +25,13 @@ from trl import DPOTrainer as TRLDPOTrainer
 
 from posttrain.columns import ID, WithColumns, number_rows
 from posttrain.guards import FiniteGuard
-from posttrain.methods import vet, write_reports
+from posttrain.methods import setup_of, vet, write_reports
 from posttrain.preference import diagnostics
 from posttrain.preference.lists import ListPath
 from posttrain.preference.method import Batch, Method
 from posttrain.preference.passes import TwoAdapters, refuse, two_passes
 from posttrain.preference.probe import Probing
 from posttrain.rl.gauges import Gauges
-from posttrain.rl.method import Setup
 from posttrain.selection.trainer import SelectionMixin
 
 if TYPE_CHECKING:
@@ -171,7 +170,6 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
             tokens=self.tokens,
             gauges=self._gauges,
             loss_types=tuple(self.loss_types),
-            step=self.state.global_step,
             training=self._mode == "train",
             lists=self.lists,
             lengths=self.lengths,
@@ -399,15 +397,4 @@ def check_methods(methods: Sequence[Method], config: DPOConfig | None, *, adapte
             f"{', '.join(pairs)} acts on pairs, {', '.join(listed)} trains on lists, whose rows are not half "
             "chosen and half rejected: drop one"
         )
-    fields = {name: entry.default for name, entry in DPOConfig.__dataclass_fields__.items()}
-    vet(
-        methods,
-        Method,
-        Setup(
-            trainer=fields if config is None else vars(config),
-            methods=tuple(getattr(method, "name", "") for method in methods),
-            adapter=adapter,
-            ranks=1 if config is None else config.world_size,
-        ),
-        example="RPO(eta=0.005)",
-    )
+    vet(methods, Method, setup_of(methods, config, DPOConfig, adapter=adapter), example="RPO(eta=0.005)")

@@ -26,7 +26,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 
 from posttrain.guards import FiniteGuard
 from posttrain.kernels.head import Scored
-from posttrain.methods import vet
+from posttrain.methods import setup_of, vet
 from posttrain.rl.formulas import group_advantages
 from posttrain.rl.gauges import Gauges
 from posttrain.rl.method import (
@@ -36,7 +36,6 @@ from posttrain.rl.method import (
     Need,
     Rollout,
     Samples,
-    Setup,
     Tokens,
 )
 from posttrain.rl.rollouts import MoreRollouts
@@ -451,13 +450,12 @@ def check_methods(
     weights = None if config is None else config.reward_weights
     if reward_names is not None and weights is None:
         weights = [1.0] * len(reward_names)
-    fields = {name: field.default for name, field in GRPOConfig.__dataclass_fields__.items()}
-    setup = Setup(
-        trainer=vars(config) if config is not None else fields,
-        methods=tuple(getattr(method, "name", "") for method in methods),
+    setup = setup_of(
+        methods,
+        config,
+        GRPOConfig,
         adapter=adapter,
         rewards=None if reward_names is None else len(reward_names),
-        ranks=config.world_size if config is not None else 1,
         reward_names=reward_names,
         reward_weights=None if weights is None else tuple(weights),
         needs_all_rows=tuple(

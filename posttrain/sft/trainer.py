@@ -18,9 +18,8 @@ from trl import SFTTrainer as TRLSFTTrainer
 
 from posttrain.columns import ID, WithColumns, number_rows
 from posttrain.guards import FiniteGuard
-from posttrain.methods import vet, write_reports
+from posttrain.methods import setup_of, vet, write_reports
 from posttrain.rl.gauges import Gauges
-from posttrain.rl.method import Setup
 from posttrain.selection.plan import PlanError
 from posttrain.selection.trainer import SelectionMixin
 from posttrain.sft.method import Method, MicroStep
@@ -525,15 +524,4 @@ def check_methods(methods: Sequence[Method], config: Any, *, adapter: bool) -> N
     Raises:
         ValueError, TypeError: See :class:`SFTTrainer`.
     """
-    fields = {name: entry.default for name, entry in SFTConfig.__dataclass_fields__.items()}
-    vet(
-        methods,
-        Method,
-        Setup(
-            trainer=fields if config is None else vars(config),
-            methods=tuple(getattr(method, "name", "") for method in methods),
-            adapter=adapter,
-            ranks=1 if config is None else config.world_size,
-        ),
-        example="LfU(alpha=0.1)",
-    )
+    vet(methods, Method, setup_of(methods, config, SFTConfig, adapter=adapter), example="LfU(alpha=0.1)")

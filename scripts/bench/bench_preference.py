@@ -27,21 +27,18 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import TakeTurns
+from bench_step import times_in_turns
 from common import (
     SIZES,
-    Turns,
     in_own_processes,
     model,
     parser,
     peak_resident,
     quiet,
-    ratios,
     report,
     resident,
 )
@@ -125,42 +122,6 @@ def build(arm: str, options: argparse.Namespace, folder: Path) -> TRLDPOTrainer:
     return trainer
 
 
-def times(names: list[str], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run all arms in turns; return seconds and ratios against TRL."""
-    turns = Turns(len(names))
-    trainers = {name: build(name, options, folder) for name in names}
-    clocks = {name: TakeTurns(turns, place) for place, name in enumerate(names)}
-    failures: list[BaseException] = []
-
-    def train(name: str) -> None:
-        try:
-            torch.set_num_threads(options.threads)
-            trainers[name].add_callback(clocks[name])
-            trainers[name].train()
-        except BaseException as error:
-            failures.append(error)
-            raise
-
-    threads = [threading.Thread(target=train, args=(name,), daemon=True) for name in names]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.5)
-            if failures:
-                raise failures[0]
-    base = list(zip(*clocks["trl"].steps[options.warmup :], strict=True))
-    found = {}
-    for name in names:
-        wall, processor = zip(*clocks[name].steps[options.warmup :], strict=True)
-        found[name] = {
-            "seconds": sum(wall) / len(wall),
-            "wall": ratios(wall, base[0]),
-            "processor": ratios(processor, base[1]),
-        }
-    return found
-
-
 def memory_of(arm: str, options: argparse.Namespace, folder: Path) -> dict[str, int]:
     """Train one arm for a few steps; return bytes."""
     before = resident()
@@ -217,7 +178,12 @@ def main() -> None:
                 for arm, row in found.items()
             }
         if not options.no_time:
-            results["time"] = times(names, options, folder)
+            results["time"] = times_in_turns(
+                {arm: build(arm, options, folder) for arm in names},
+                "trl",
+                threads=options.threads,
+                warmup=options.warmup,
+            )
     report(options, hidden=("memory_of", "arms", "arm"), arms=options.arms, **results)
 
 

@@ -23,19 +23,16 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import TakeTurns
+from bench_step import times_in_turns
 from common import (
-    Turns,
     in_own_processes,
     parser,
     peak_resident,
     quiet,
-    ratios,
     report,
     resident,
     tokenizer,
@@ -112,41 +109,9 @@ def build(
 
 def time_arms(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run all arms in turns; return seconds and ratios against full fine-tuning."""
-    names = ["full", *options.arms]
-    turns = Turns(len(names))
-    trainers = {name: build(name, options, folder) for name in names}
-    clocks = {name: TakeTurns(turns, place) for place, name in enumerate(names)}
-    failures: list[BaseException] = []
-
-    def train(name: str) -> None:
-        try:
-            torch.set_num_threads(options.threads)
-            trainers[name].add_callback(clocks[name])
-            trainers[name].train()
-        except BaseException as error:
-            failures.append(error)
-            raise
-
-    threads = [threading.Thread(target=train, args=(name,), daemon=True) for name in names]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.5)
-            if failures:
-                raise failures[0]
-    skip = options.warmup
-    found: dict[str, Any] = {}
-    for name in names:
-        wall, processor = zip(*clocks[name].steps[skip:], strict=True)
-        full_wall, full_processor = zip(*clocks["full"].steps[skip:], strict=True)
-        found[name] = {
-            "seconds": sum(wall) / len(wall),
-            "wall": ratios(wall, full_wall),
-            "processor": ratios(processor, full_processor),
-            **bound(trainers[name], options),
-        }
-    return found
+    trainers = {name: build(name, options, folder) for name in ("full", *options.arms)}
+    found = times_in_turns(trainers, "full", threads=options.threads, warmup=options.warmup)
+    return {name: {**values, **bound(trainers[name], options)} for name, values in found.items()}
 
 
 def bound(trainer: Any, options: argparse.Namespace) -> dict[str, float]:

@@ -126,6 +126,49 @@ class TakeTurns(TrainerCallback):
         trainer._reference_logps = timed
 
 
+def times_in_turns(
+    trainers: dict[str, Any], base: str, *, threads: int, warmup: int
+) -> dict[str, dict[str, Any]]:
+    """Train all arms in turns; return seconds a step, and ratios of neighbouring steps against ``base``.
+
+    Args:
+        trainers: By the name of their arm.
+        base: One of these names.
+        threads: Of torch, for each arm.
+        warmup: Steps left out.
+    """
+    turns = Turns(len(trainers))
+    clocks = {name: TakeTurns(turns, place) for place, name in enumerate(trainers)}
+    failures: list[BaseException] = []
+
+    def train(name: str) -> None:
+        try:
+            torch.set_num_threads(threads)
+            trainers[name].add_callback(clocks[name])
+            trainers[name].train()
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    running = [threading.Thread(target=train, args=(name,), daemon=True) for name in trainers]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        while thread.is_alive():
+            thread.join(0.5)
+            if failures:
+                raise failures[0]
+    steps = {name: list(zip(*clock.steps[warmup:], strict=True)) for name, clock in clocks.items()}
+    return {
+        name: {
+            "seconds": sum(wall) / len(wall),
+            "wall": ratios(wall, steps[base][0]),
+            "processor": ratios(processor, steps[base][1]),
+        }
+        for name, (wall, processor) in steps.items()
+    }
+
+
 def build(arm: str, case: dict[str, str], steps: int, options: argparse.Namespace, folder: Path) -> Any:
     """Return the trainer of an arm."""
     settings: dict[str, Any] = {
