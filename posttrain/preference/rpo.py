@@ -63,9 +63,9 @@ Does it do what it claims?
     with ``token_mean`` and 30.0 [22.8, 37.1] with Flex-DPO; accuracy is within 0.06 for all. They still
     become less likely, and the win rate is lower, by 0.043 [0.028, 0.058], 0.030 [0.013, 0.048] and 0.191
     [0.167, 0.215]: as after less training, less KL is spent, and samples stay more diverse (self-BLEU of two
-    0.044 [0.018, 0.070], 0.025 [0.006, 0.043] and 0.081 [0.059, 0.103] lower). The published eta of 0.005, a tenth of the
-    ``sum`` above, was not compared. Answers in no pair (the probe) become less likely in every arm, so
-    dispersion onto answers of other prompts is not seen.
+    0.044 [0.018, 0.070], 0.025 [0.006, 0.043] and 0.081 [0.059, 0.103] lower). The published eta of 0.005, a
+    tenth of the ``sum`` above, was not compared. Answers in no pair (the probe) become less likely in every
+    arm, so dispersion onto answers of other prompts is not seen.
 """
 
 from __future__ import annotations
