@@ -95,6 +95,16 @@ def reported_errors(go_on: str = "") -> Iterator[None]:
             signal.signal(signal.SIGTERM, earlier)
 
 
+def leave_process_group() -> None:
+    """Take this process out of the group of ranks; one that ends without it may abort in gloo's threads.
+
+    Only where all went well: behind an error the others may never come, and the launcher ends them.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 @contextmanager
 def answers(as_json: bool) -> Iterator[None]:
     """Keep stdout for the answer: whatever libraries print while it is computed goes to stderr."""
@@ -103,6 +113,7 @@ def answers(as_json: bool) -> Iterator[None]:
     quiet_libraries()
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         yield
+    leave_process_group()
 
 
 def print_json(value: Any) -> None:

@@ -59,3 +59,4 @@ def main(kind: str, folder: str, stop: int, resume: bool) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "resume")
+    support.leave()

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pairs
+import support
 import torch
 
 from posttrain.preference.feasible import Feasible
@@ -26,5 +27,4 @@ if __name__ == "__main__":
         )
         run.train()
         torch.save(method.state_dict(), out / f"{name}{ranks}-{run.accelerator.process_index}.pt")
-    if ranks > 1:
-        torch.distributed.destroy_process_group()
+    support.leave()

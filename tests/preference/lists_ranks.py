@@ -40,3 +40,4 @@ def main(out: str, per_device: int, forward_rows: int | None, precompute: bool) 
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None, bool(int(sys.argv[4])))
+    support.leave()

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import support
 import torch
 from test_preference_ofs_dpo import Kept, ofs
 
@@ -27,5 +28,4 @@ if __name__ == "__main__":
         run.train()
         found = {"active": kept.active, "end": kept.end, "logs": run.state.log_history}
         torch.save(found, out / f"{name}-{ranks}-{run.accelerator.process_index}.pt")
-    if ranks > 1:
-        torch.distributed.destroy_process_group()
+    support.leave()

@@ -30,5 +30,4 @@ if __name__ == "__main__":
     if run.accelerator.is_main_process:
         weights = support.weights(run.accelerator.unwrap_model(run.model))
         torch.save({"logs": logs, "weights": weights}, out / f"{ranks}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    support.leave()

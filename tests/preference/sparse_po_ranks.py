@@ -83,4 +83,4 @@ if __name__ == "__main__":
     results = {name: one(out / name, name == "lora") for name in ("full", "lora")}
     if torch.distributed.get_rank() == 0:
         (out / "result.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    support.leave()

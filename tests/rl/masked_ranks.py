@@ -3,6 +3,7 @@
 import sys
 
 import rollout_ranks
+import support
 
 
 class HalfCut(rollout_ranks.FixedRollouts):
@@ -18,3 +19,4 @@ class HalfCut(rollout_ranks.FixedRollouts):
 if __name__ == "__main__":
     rollout_ranks.FixedRollouts = HalfCut
     rollout_ranks.main(sys.argv[1], sys.argv[2])
+    support.leave()

@@ -61,3 +61,4 @@ def main(out: str, per_device: int, accumulation: int, loss_type: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    support.leave()

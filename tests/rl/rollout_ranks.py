@@ -59,3 +59,4 @@ def main(out: str, settings: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2])
+    support.leave()

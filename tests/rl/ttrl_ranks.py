@@ -66,3 +66,4 @@ def main(out: str, per_device: int, accumulation: int, n_samples: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    support.leave()

@@ -76,3 +76,4 @@ def main(folder, backend):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    support.leave()

@@ -263,3 +263,4 @@ def test_ranks_share_the_work_and_choose_the_same(tmp_path):
 
 if __name__ == "__main__":
     _ranks(sys.argv[1])
+    support.leave()

@@ -446,3 +446,4 @@ def test_two_ranks_release_the_same_and_train_as_one_process(tmp_path):
 
 if __name__ == "__main__":
     _ranks(sys.argv[1])
+    support.leave()

@@ -46,3 +46,4 @@ if __name__ == "__main__":
     if main:
         both = {f"{kind} {n}": v for kind in ("forget", "full") for n, v in getattr(found, kind).items()}
         torch.save({"weights": both, "logs": []}, out / f"ssd{ranks}.pt")
+    support.leave()

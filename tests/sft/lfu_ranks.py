@@ -59,4 +59,4 @@ if __name__ == "__main__":
     results = [one(out / str(accumulation), accumulation) for accumulation in (1, 2)]
     if torch.distributed.get_rank() == 0:
         (out / "result.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    support.leave()

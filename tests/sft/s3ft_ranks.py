@@ -24,4 +24,4 @@ if __name__ == "__main__":
         job(model, out / "broken.jsonl", judge).carry_out(rows)
     except VerifierFailure:
         (out / f"stopped-{rank}").touch()
-    torch.distributed.destroy_process_group()
+    support.leave()
