@@ -1,7 +1,8 @@
 """Every place where posttrain touches the inside of ``trl.GRPOTrainer``, and nothing else.
 
 :mod:`~posttrain.rl.seams.batch` reads what TRL keeps of a generation, :mod:`~posttrain.rl.seams.reference`
-keeps a reference policy, :mod:`~posttrain.rl.seams.trainer` has the hooks.
+keeps a reference policy, :mod:`~posttrain.rl.seams.vllm` starts an engine and syncs it,
+:mod:`~posttrain.rl.seams.trainer` has the hooks.
 
 Checked against TRL 1.16; ``tests/rl/test_rl_seams.py`` holds one contract test per seam, so that an upgrade
 of TRL breaks a test with a readable name. Upstream's loss is never copied: what methods change goes in
@@ -28,6 +29,8 @@ divisors                                :func:`posttrain.rl.formulas.aggregate` 
 ``_metrics``, ``_logs``                 are all that a generation leaves in the log: a second one is undone
 ``generation_config``,                  hold the temperature of the sampling alone, read at each generation
 ``vllm_generation``
+``vllm_generation.LLM``                 is the name the constructor calls to start an engine
+``vllm_generation.sync_weights``        is called once before the first generation after a step
 ======================================  =======================================================
 """
 

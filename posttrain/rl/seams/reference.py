@@ -26,7 +26,7 @@ from posttrain.adapters.reference import (
     keep_initial,
     load_beside_reference,
 )
-from posttrain.rl.seams.batch import BatchSeams
+from posttrain.rl.seams.vllm import VLLMSeams
 
 # What a forward needs beside ids and mask; present for multimodal models only.
 _FORWARD_KEYS = (
@@ -43,7 +43,7 @@ _FORWARD_KEYS = (
 )
 
 
-class ReferenceSeams(BatchSeams):
+class ReferenceSeams(VLLMSeams):
     """Keeps a reference policy beside TRL's own."""
 
     #: Whether :meth:`refresh_reference` may be called.

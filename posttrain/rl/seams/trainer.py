@@ -66,8 +66,9 @@ class GRPOSeams(ReferenceSeams):
         self._old_pass_is_next = self._postponing = False
         self._old_statistics: dict[str, torch.Tensor] = {}
         self.live_head: Scored | None = None
-        with copied_safely(args[0] if args else kwargs.get("model")):
+        with copied_safely(args[0] if args else kwargs.get("model")), self.engine_arguments():
             super().__init__(*args, **kwargs)
+        self.start_sync()
         if self.wants_reference or self.wants_movable_reference or self.beta != 0.0:
             self._build_reference()
         if self.wants_movable_reference:

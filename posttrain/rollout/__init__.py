@@ -1,0 +1,1 @@
+"""Rollouts by vLLM: which weights an engine has to get after a step, and how it takes them."""
