@@ -76,24 +76,48 @@ def _program() -> None:
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep",
+            help="Then also look at tokenizer, data and shapes of the model: what trains, what is cut, how "
+            "many steps. Takes seconds to a minute; no weights are loaded.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Report every mistake in a configuration at once.
 
-    Nothing is loaded and nothing is written. Names, types and ranges are checked: the trainer section against
-    the fields of the installed TRL, each method against its parameters and the rest of the run, and the batch
-    arithmetic for WORLD_SIZE processes (1 when unset). Each mistake comes with its file and line, what is
-    allowed and the nearest valid name.
+    Without --deep nothing is loaded; nothing is ever written. Names, types and ranges are checked: the
+    trainer section against the fields of the installed TRL, each method against its parameters and the rest
+    of the run, and the batch arithmetic for WORLD_SIZE processes (1 when unset). Each mistake comes with its
+    file and line, what is allowed and the nearest valid name.
 
     Exit code 0 when the run can start (warnings allowed), 2 when it cannot.
     """
-    from posttrain.config.check import check_config
+    from posttrain.config.check import check_and_load
 
-    report = check_config(config, overrides or ())
-    if as_json:
-        print_json(report.as_json())
-    else:
+    report, checked = check_and_load(config, overrides or ())
+    if not as_json:
         report.print(stdout())
-    raise typer.Exit(0 if report.ok else 2)
+    if not deep or checked is None:
+        if as_json:
+            print_json(report.as_json())
+        raise typer.Exit(0 if report.ok else 2)
+    with reported_errors():
+        from posttrain.deep.check import deep_check
+        from posttrain.deep.show import print_deep
+
+        with answers(as_json):
+            found = deep_check(checked)
+        if as_json:
+            print_json(report.as_json() | {"ok": found.ok, "deep": found.as_json()})
+        else:
+            print_deep(found, stdout())
+        raise typer.Exit(0 if found.ok else 2)
 
 
 @app.command()

@@ -15,6 +15,9 @@ from datasets import Dataset
 
 from posttrain.data.errors import DataError, listed
 
+PLACE = "posttrain_place"
+"""Column with the place of each row, where one was asked for: ``rows.jsonl:7``."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -35,6 +38,16 @@ class Table:
     def where(self, index: int) -> str:
         """Return ``line 7`` or ``row 7`` for the row at ``index`` (from 0)."""
         return f"line {self.lines[index]}" if self.lines is not None else f"row {index + 1}"
+
+
+def with_places(table: Table) -> Table:
+    """Return the table with the column :data:`PLACE`; rows keep it through renaming, sampling and splits."""
+    where = (
+        [f"{table.place}:{line}" for line in table.lines]
+        if table.lines is not None
+        else [f"{table.place}, row {number}" for number in range(1, len(table.dataset) + 1)]
+    )
+    return Table(table.dataset.add_column(PLACE, where), table.place, table.lines, table.notes)
 
 
 def read_file(path: Path) -> Table:

@@ -16,7 +16,7 @@ from posttrain.config.tasks import TASKS
 from posttrain.data import sources
 from posttrain.data.contracts import CONTRACTS, check, rename
 from posttrain.data.errors import DataError
-from posttrain.data.files import Table
+from posttrain.data.files import Table, with_places
 from posttrain.data.pairs import flip, to_pairs
 from posttrain.data.prompts import apply_pattern, apply_template
 
@@ -47,7 +47,7 @@ class LoadedData:
     describe: dict[str, Any]
 
 
-def load_data(config: DataConfig, task: str, *, hold_out: bool = True) -> LoadedData:
+def load_data(config: DataConfig, task: str, *, hold_out: bool = True, places: bool = False) -> LoadedData:
     """Load, rename, template, check and split the data of a run.
 
     Args:
@@ -58,6 +58,8 @@ def load_data(config: DataConfig, task: str, *, hold_out: bool = True) -> Loaded
             given, from the Hub's ``test`` split when it has one, and are taken out of the training rows
             otherwise: ``eval.size`` rows, by default a tenth and at most 500. Generated tasks generate
             problems whose questions are not in the training rows.
+        places: Whether rows say where they come from, in the column :data:`posttrain.data.files.PLACE`
+            (which counts in the fingerprint).
 
     Returns:
         The rows. Held-out prompts never occur in the training rows, except when both were given as files or
@@ -76,6 +78,8 @@ def load_data(config: DataConfig, task: str, *, hold_out: bool = True) -> Loaded
             raw_eval = sources.read(config, config.eval)
     else:
         raw, raw_eval = _from_hub(config, hold_out)
+    if places:
+        raw, raw_eval = with_places(raw), None if raw_eval is None else with_places(raw_eval)
     notes = [*raw.notes, *(raw_eval.notes if raw_eval else ())]
     train = _prepare(raw, config, task, notes)
     held_out = None if raw_eval is None else _prepare(raw_eval, config, task, notes, "held-out: ")
