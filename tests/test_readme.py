@@ -52,7 +52,7 @@ def test_the_example_configuration_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verb", ["check", "train", "eval", "export", "report", "compare", "sparsity", "methods"]
+    "verb", ["check", "train", "eval", "export", "report", "compare", "sparsity", "methods", "doctor"]
 )
 def test_every_verb_of_the_table_exists(verb):
     done = subprocess.run(

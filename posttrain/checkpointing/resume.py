@@ -36,6 +36,8 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import TrainingArguments
 
+from posttrain.checkpointing.folders import newest_checkpoint
+
 logger = logging.getLogger(__name__)
 
 _STAGING = "_saving"  # the leading underscore keeps it out of Hub uploads
@@ -330,17 +332,6 @@ def _set_epoch(loader: Any, epoch: int) -> None:
             layer.set_epoch(epoch)
         inner = (getattr(layer, name, None) for name in ("batch_sampler", "sampler"))
         layers += [sampler for sampler in inner if sampler is not None]
-
-
-def newest_checkpoint(run_dir: str | Path) -> Path | None:
-    """Return the complete checkpoint with the highest step under ``run_dir``, or None."""
-    folder = Path(run_dir)
-    steps = {
-        int(path.name.rpartition("-")[2]): path
-        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and path.name.rpartition("-")[2].isdigit()
-    }
-    return steps[max(steps)] if steps else None
 
 
 def _state_file(rank: int) -> str:

@@ -27,7 +27,7 @@ own numbers; in an evaluation every name begins with ``eval_``, but for the prob
 *Drastic drop* is a ``shift/rejected`` that runs away (``drop/ratio`` far above 1), *degradation* a
 ``grad_scale`` that dies with a ``shift/chosen`` below 0, *dispersion* a ``probe/logps_shift`` that rises or a
 ``probe/kl_forward`` that grows on answers nobody has compared. A falling chosen likelihood is no fault by
-itself: it can come with rising wins. :mod:`posttrain.run.alarms` has the limits at which a run speaks up;
+itself: it can come with rising wins. :mod:`posttrain.run.rules` has the limits at which a run speaks up;
 with a trainer built in Python, ``callbacks=[Alarms()]`` warns in the log.
 
 Left out where they mean nothing: ``grad_scale`` and ``saturated`` for losses without one margin (``ipo``,

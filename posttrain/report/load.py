@@ -31,6 +31,7 @@ class Run:
         config_text: The file as written, or "".
         manifest: Whatever the manifest holds, or {}.
         metrics: (step, values) of each log, in file order; values are finite numbers, NaN for the others.
+        not_finite: Name to the steps at which it was no finite number.
         summary: Numbers logged once, at the end of training.
         completions: Sampled completions at a few steps spread over the run.
         pictures: Numbers over the tokens of a few responses: method, title, step, tokens and values by name.
@@ -46,6 +47,7 @@ class Run:
     config_text: str = ""
     manifest: dict[str, Any] = field(default_factory=dict)
     metrics: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    not_finite: dict[str, list[float]] = field(default_factory=dict)
     summary: dict[str, float] = field(default_factory=dict)
     completions: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[dict[str, Any]] = field(default_factory=list)
@@ -84,14 +86,14 @@ def read_run(path: Path, label: str) -> Run:
         config = None
     run.config = as_dict(config)
     run.manifest = _read_json(run, "manifest.json")
-    _read_metrics(run)
-    run.evaluation = _evaluation(run)
+    read_metrics(run)
+    run.evaluation = read_evaluation(run)
     run.completions = _read_completions(run)
     if (path / "mask_examples.json").exists():
         run.pictures = _pictures(run)
     if (path / "warm_start").is_dir():
         run.warm_start = Run(path / "warm_start", label)
-        _read_metrics(run.warm_start)
+        read_metrics(run.warm_start)
         run.notes += [f"warm start: {note}" for note in run.warm_start.notes]
     export = path / "export"
     if export.is_dir():
@@ -119,7 +121,7 @@ def _read_json(run: Run, name: str) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         run.notes.append(f"{name} is not valid JSON ({error}); it is left out.")
         return {}
     if not isinstance(data, dict):
@@ -152,12 +154,14 @@ def _is_picture(picture: Any) -> bool:
     )
 
 
-def _evaluation(run: Run) -> dict[str, Any]:
+def read_evaluation(run: Run) -> dict[str, Any]:
+    """Return the parts of evaluation.json that are objects."""
     data = _read_json(run, "evaluation.json")
     return {name: part for name, part in data.items() if isinstance(part, dict)}
 
 
-def _read_metrics(run: Run) -> None:
+def read_metrics(run: Run) -> None:
+    """Read the logs of a run into it."""
     broken: Counter[str] = Counter()
     for _, row in _json_lines(run, "metrics.jsonl"):
         step = as_number(row.pop("step", None))
@@ -167,7 +171,8 @@ def _read_metrics(run: Run) -> None:
         numbers = {}
         for key, value in row.items():
             if _is_number(value) or value is None:
-                numbers[key] = float(value) if value is not None and math.isfinite(value) else math.nan
+                number = as_number(value)
+                numbers[key] = math.nan if number is None else float(number)
         if "train_runtime" in row:
             run.summary = {key: value for key, value in numbers.items() if not math.isnan(value)}
         else:
@@ -176,10 +181,13 @@ def _read_metrics(run: Run) -> None:
         run.notes.append(f"metrics.jsonl: {broken['no step']} lines have no step and are left out.")
     # a log that never was a number anywhere (all null) has nothing to show
     known = {key for _, values in run.metrics for key, value in values.items() if not math.isnan(value)}
-    lost = Counter(key for _, values in run.metrics for key, value in values.items() if math.isnan(value))
-    for key, count in lost.items():
+    for step, values in run.metrics:
+        for key, value in values.items():
+            if math.isnan(value):
+                run.not_finite.setdefault(key, []).append(step)
+    for key, steps in run.not_finite.items():
         total = sum(key in values for _, values in run.metrics)
-        run.notes.append(f"metrics.jsonl: {key} is not a finite number in {count} of {total} logs.")
+        run.notes.append(f"metrics.jsonl: {key} is not a finite number in {len(steps)} of {total} logs.")
     run.metrics = [(step, {k: v for k, v in values.items() if k in known}) for step, values in run.metrics]
 
 
@@ -219,7 +227,7 @@ def _json_lines(run: Run, name: str) -> list[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line.decode("utf-8", errors="replace")) if line.strip() else None
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # also integers of thousands of digits, and deep nesting
                 row = ()
             if isinstance(row, dict):
                 rows.append((offset, {"step": row.get("step")} if name == "completions.jsonl" else row))
@@ -238,7 +246,10 @@ def _json_lines(run: Run, name: str) -> list[tuple[int, dict[str, Any]]]:
 
 def as_number(value: Any) -> Any:
     """Return ``value`` if it is a finite number, else None."""
-    return value if _is_number(value) and math.isfinite(value) else None
+    try:
+        return value if _is_number(value) and math.isfinite(value) else None
+    except OverflowError:  # an integer beyond every float
+        return None
 
 
 def _is_number(value: Any) -> bool:

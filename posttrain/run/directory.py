@@ -4,6 +4,8 @@
 
     RUN/config.yaml         resolved configuration
     RUN/manifest.json       versions, commit, data fingerprint, seeds, hardware, command to repeat
+    RUN/status.json         running, finished, stopped or failed, and since when
+    RUN/failures.jsonl      errors that ended it, with the last lines of their traces
     RUN/metrics.jsonl       one object per log
     RUN/completions.jsonl   sampled completions with rewards and the status of the first reward
     RUN/checkpoints/        checkpoint-N folders, each complete
@@ -70,6 +72,16 @@ class RunDirectory:
     def alarms(self) -> Path:
         """What went wrong under way, one JSON object per alarm."""
         return self.root / "alarms.jsonl"
+
+    @property
+    def status(self) -> Path:
+        """How the run is going or how it ended."""
+        return self.root / "status.json"
+
+    @property
+    def failures(self) -> Path:
+        """What ended it, one JSON object per error and rank."""
+        return self.root / "failures.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -248,12 +260,48 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the complete lines; the one that was being written when a process was killed is left out."""
     if not path.exists():
         return []
-    rows = []
-    # not splitlines(): a completion may hold U+2028 and its like, which JSON does not escape
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    # not splitlines() of a text: a completion may hold U+2028 and its like, which JSON does not escape
+    rows = [_json_object(line) for line in path.read_bytes().split(b"\n")]
+    return [row for row in rows if row is not None]
+
+
+def last_json_lines(path: Path, count: int, *, most_bytes: int = 64 * 2**20) -> list[dict[str, Any]]:
+    """Return up to ``count`` complete objects from the end of a file, oldest first, whatever its size.
+
+    Args:
+        path: A file of JSON lines; one that is missing has none.
+        count: How many.
+        most_bytes: How much is read at most, from the end.
+    """
+    try:
+        with path.open("rb") as file:
+            end = position = file.seek(0, os.SEEK_END)
+            tail = b""
+            while position > 0 and end - position < most_bytes and tail.count(b"\n") <= count:
+                start = max(0, position - 2**16)
+                file.seek(start)
+                tail, position = file.read(position - start) + tail, start
+    except OSError:
+        return []
+    lines = tail.split(b"\n")
+    rows = [_json_object(line) for line in (lines if position == 0 else lines[1:])]
+    return [row for row in rows if row is not None][-count:]
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a file; an empty one where the file is missing or damaged."""
+    try:
+        return _json_object(path.read_bytes()) or {}
+    except OSError:
+        return {}
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from trl import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 
-from posttrain.checkpointing.resume import newest_checkpoint
+from posttrain.checkpointing.folders import newest_checkpoint
 from posttrain.config.load import resolved_yaml
 from posttrain.config.schema import RunConfig
 from posttrain.config.tasks import TASKS
@@ -50,6 +50,7 @@ from posttrain.run.result import RunResult
 from posttrain.run.resuming import check_continuation
 from posttrain.run.rewriting import Rewriting
 from posttrain.run.starting import start_model
+from posttrain.run.status import record_end, write_status
 from posttrain.run.trainers import (
     build_selection,
     grpo_trainer,
@@ -97,7 +98,16 @@ def train(
 
         ranks.on_main(begin)
         clear = replace if overwrite else None
-        return _Run(config, run, ranks, resume=resume, command=command, clear=clear).carry_out()
+        job = _Run(config, run, ranks, resume=resume, command=command, clear=clear)
+        try:
+            result = job.carry_out()
+        except BaseException as error:
+            if job.described:  # a request that was refused leaves the folder as it was
+                record_end(run, error, rank=ranks.state.process_index)
+            raise
+        if ranks.state.is_main_process:
+            write_status(run, "finished")
+        return result
 
 
 class _Run:
@@ -117,6 +127,7 @@ class _Run:
         self.resume, self.command, self.clear = resume, command, clear
         self.say, self.on_main = ranks.say, ranks.on_main
         self.seed = int(config.trainer.get("seed", 42))
+        self.described = False
 
     def carry_out(self) -> RunResult:
         config = self.config
@@ -143,6 +154,7 @@ class _Run:
             if config.s3ft is not None:
                 check_columns(train_rows.column_names)
             self.on_main(lambda: self._describe(data))
+            self.described = True
             model = self._warm_started(model, data)
             if config.s3ft is not None:
                 job = Rewriting(config.s3ft, model, self.tokenizer, rewards[0], self.run.s3ft, self.ranks)
@@ -247,6 +259,7 @@ class _Run:
             self.clear()
         write_text(self.run.config, resolved_yaml(config))
         write_json(self.run.manifest, manifest)
+        write_status(self.run, "running")
 
     # ---- steps ------------------------------------------------------------------------------------------
 

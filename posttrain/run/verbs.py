@@ -10,7 +10,7 @@ import torch
 import yaml
 from accelerate import PartialState
 
-from posttrain.checkpointing.resume import newest_checkpoint
+from posttrain.checkpointing.folders import newest_checkpoint
 from posttrain.config.schema import ExportConfig, RunConfig
 from posttrain.config.tasks import TASKS
 from posttrain.data.length import apply_length_policy

@@ -7,7 +7,8 @@ from pydantic import PrivateAttr
 from transformers import TrainerCallback
 
 from posttrain import GRPOTrainer
-from posttrain.checkpointing.resume import CheckpointError, newest_checkpoint
+from posttrain.checkpointing.folders import newest_checkpoint
+from posttrain.checkpointing.resume import CheckpointError
 from posttrain.rl import ACE
 from posttrain.rl.method import Method
 

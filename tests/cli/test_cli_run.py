@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from posttrain.checkpointing.resume import newest_checkpoint
+from posttrain.checkpointing.folders import newest_checkpoint
 from posttrain.errors import describe, is_request_error
 
 # helpers of the run tests; test folders are no packages
@@ -176,6 +176,9 @@ def test_a_verifier_that_always_fails_stops_the_evaluation_before(config, tmp_pa
     assert "no such column" in result.stderr
     assert result.stderr.count("Traceback") == 0
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    told = json.loads(posttrain("doctor", tmp_path / "run", "--json", code=1).stdout)
+    assert (told["run"]["state"], told["findings"][0]["name"]) == ("failed", "verifier_failure")
+    assert "no such column" in told["findings"][0]["found"]
 
 
 def test_a_verifier_that_always_fails_stops_the_training(config):

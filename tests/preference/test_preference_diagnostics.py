@@ -12,7 +12,8 @@ from datasets import Dataset
 
 from posttrain.preference.diagnostics import common_prefix, pull, same_kind, trends
 from posttrain.preference.flex_dpo import FlexDPO
-from posttrain.run.alarms import Alarms, Limits
+from posttrain.run.alarms import Alarms
+from posttrain.run.rules import Limits
 
 
 def logged(folder, *, methods=(), count=1, data=None, **settings):

@@ -11,7 +11,7 @@ import support
 from transformers import TrainerCallback
 
 from posttrain import GRPOTrainer
-from posttrain.checkpointing.resume import newest_checkpoint
+from posttrain.checkpointing.folders import newest_checkpoint
 from posttrain.rl import LpReg
 
 TESTS = Path(__file__).resolve().parents[1]

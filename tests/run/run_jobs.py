@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from posttrain.checkpointing.resume import newest_checkpoint
+from posttrain.checkpointing.folders import newest_checkpoint
 from posttrain.cli import app
 
 STEPS = 7

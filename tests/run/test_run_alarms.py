@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from posttrain.run.alarms import RULES, Alarms, Limits
+from posttrain.run.alarms import Alarms
 from posttrain.run.callbacks import usefulness
+from posttrain.run.rules import RULES, Limits
 
 HEALTHY = {
     "entropy": 0.8,

@@ -56,6 +56,7 @@ def test_a_run_leaves_exactly_its_files(rlvr):
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
         "manifest.json",
+        "status.json",
         "metrics.jsonl",
         "completions.jsonl",
         "evaluation.json",

@@ -2,7 +2,7 @@
 
 import torch
 
-from posttrain.checkpointing.resume import newest_checkpoint
+from posttrain.checkpointing.folders import newest_checkpoint
 from tests.run.run_jobs import json_lines, posttrain, timeless, write_config
 
 EVERY = {

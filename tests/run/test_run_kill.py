@@ -15,7 +15,8 @@ import pytest
 from run_jobs import LORA, STEPS, assert_same, json_lines, outcome, posttrain, start, write_config
 from safetensors.torch import load_file
 
-from posttrain.checkpointing.resume import newest_checkpoint
+from posttrain.checkpointing.folders import newest_checkpoint
+from posttrain.doctor.run import examine
 
 pytestmark = pytest.mark.slow
 
@@ -201,6 +202,9 @@ def test_a_signal_leaves_no_verifier_behind_and_says_how_to_go_on(sent, tmp_path
         process.kill()
         process.wait()
     text = log.read_text()
+    state, found = examine(run)
+    assert state.state == ("killed" if sent is signal.SIGKILL else "stopped")
+    assert f"run_{state.state}" in {row.name for row in found}
     if sent is signal.SIGKILL:
         assert code == -signal.SIGKILL
     else:
@@ -247,6 +251,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_once_there_is
     assert "the last good one is checkpoint-3" in text
     assert "Free disk space" in text
     newest_loads(run)
+    assert "disk_full" in {row.name for row in examine(run)[1]}
     ballast.unlink()
     assert "going on from checkpoint-3" in finish(config, run, log)
     whole = tmp_path / "whole"
