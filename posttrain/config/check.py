@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
@@ -24,6 +24,9 @@ from posttrain.config.source_check import HUB_ID, check_data, check_model, check
 from posttrain.config.tasks import TASKS, Task
 from posttrain.config.trainer_check import check_trainer
 from posttrain.config.trainer_fields import trainer_fields
+from posttrain.config.trainer_rules import processes
+from posttrain.rl import registry
+from posttrain.rollout.truncation import truncation_problem
 
 _ROUNDS = 100
 
@@ -185,6 +188,8 @@ def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, Any]]:
         rewards=config.rewards,
     )
     problems += more
+    if spec.generates:
+        problems += _sampling(config, trainer, methods)
     filled: dict[str, Any] = {"methods": methods}
     if config.selection is not None:
         more, filled["selection"] = check_selection(config.selection, config.task, trainer, adapter=adapter)
@@ -207,6 +212,17 @@ def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, Any]]:
             )
     problems += _run_rules(config)
     return problems, filled
+
+
+def _sampling(
+    config: RunConfig, trainer: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Problem]:
+    """Yield what the loss makes of sampling that is cut."""
+    tempering = next((m.name for m in registry.build(methods) if m.samples_otherwise and not m.neutral), None)
+    found = truncation_problem(trainer, config.rollout, ranks=processes(), other_temperature=tempering)
+    if found is not None:
+        severity: Literal["error", "warning"] = "error" if found.fatal else "warning"
+        yield Problem(found.message, ("trainer", found.field), severity, suggestion=found.fix)
 
 
 def _run_rules(config: RunConfig) -> Iterator[Problem]:

@@ -17,12 +17,13 @@ from pydantic_core import PydanticCustomError
 from posttrain.config.problems import nearest
 from posttrain.config.sentences import RULE
 from posttrain.config.tasks import TASKS, Task
+from posttrain.rollout.settings import RolloutSettings
 
 HELD_OUT_SEED = 1_000_003
 """Of the held-out part, unless another is given; that of the training part is 0."""
 
 # Sections that may be left empty in YAML ("trainer:" with nothing under it).
-_EMPTY_MEANS_DEFAULT = ("model", "rewards", "methods", "trainer")
+_EMPTY_MEANS_DEFAULT = ("model", "rewards", "methods", "trainer", "rollout")
 
 
 class Section(BaseModel):
@@ -404,6 +405,9 @@ class RunConfig(Section):
     trainer: dict[str, Any] = Field(
         default_factory=dict, description="Fields of the TRL config class of the task."
     )
+    rollout: RolloutSettings = Field(
+        default=RolloutSettings(), description="Of rlvr and ttrl runs: what TRL has no fields for."
+    )
     selection: SelectionConfig | None = Field(
         default=None, description="Which weights train; all that are trainable when unset."
     )
@@ -449,6 +453,8 @@ class RunConfig(Section):
                 "data.probe",
                 f"a probe is scored by preference runs only, found task {self.task!r}: drop the section",
             )
+        if not spec.generates and self.rollout != RolloutSettings():
+            raise _refuse("rollout", f"task {self.task!r} samples nothing to train on: drop the section")
         if spec.scores and self.rewards:
             raise _refuse(
                 "rewards",

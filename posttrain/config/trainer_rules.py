@@ -281,19 +281,6 @@ class _Rules:
             )
 
     def generation(self) -> Iterator[Problem]:
-        cut = [
-            f"{name}={self[name]:g}"
-            for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0))
-            if self[name] is not None and self[name] != off
-        ]
-        if cut:
-            yield self.problem(
-                cut[0].split("=")[0],
-                f"{', '.join(cut)} samples from a cut distribution, but the loss uses the full one, so the "
-                "importance ratios are off",
-                "leave top_p: 1.0, top_k: 0 and min_p out, and lower the temperature if answers are too wild",
-                warn=True,
-            )
         if self["log_completions_hub_repo"] is not None and not self["log_completions"]:
             yield self.problem(
                 "log_completions_hub_repo",

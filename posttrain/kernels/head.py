@@ -11,6 +11,7 @@ import torch
 
 from posttrain.kernels.divergence import filtered_forward_kl
 from posttrain.kernels.entropy import entropies_with_gradient
+from posttrain.kernels.kept import Truncation, log_kept
 from posttrain.kernels.statistics import TILE, TokenStatistics, token_statistics
 
 # Names under which configurations of transformers keep a factor of the logits.
@@ -196,6 +197,37 @@ class Scored:
             threshold=threshold,
             tile=tile,
         )
+
+    def log_kept(self, truncation: Truncation) -> torch.Tensor:
+        """Return (B, C) ln Z, the log of the mass that truncated sampling keeps; 0 on padding.
+
+        See :func:`~posttrain.kernels.kept.log_kept`. Collective without gradient, where the head is sharded.
+
+        Raises:
+            ValueError: A gradient is needed and the head is sharded: it would be lost.
+        """
+        weight = self.head.module.weight
+        assert isinstance(weight, torch.Tensor)
+        if torch.is_grad_enabled() and (hasattr(weight, "ds_status") or hasattr(weight, "full_tensor")):
+            raise ValueError(
+                "the correction for truncated sampling needs the gradient of the LM head, which is sharded "
+                "here: use ZeRO-2 or plain data parallelism, leave top_p, top_k and min_p out, or set "
+                "rollout.truncated_sampling: accept"
+            )
+        where, head = self.mask.to(self.hidden.device), self.head
+        with head.gathered() as (weight, bias):
+            values = log_kept(
+                self.hidden[where].to(weight.device),
+                weight,
+                self.ids[where].to(weight.device),
+                truncation,
+                bias=bias,
+                temperature=head.temperature,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+            )
+        zeros = torch.zeros(where.shape, dtype=values.dtype, device=where.device)
+        return zeros.masked_scatter(where, values.to(where.device))
 
 
 def _full(parameter: torch.Tensor) -> torch.Tensor:

@@ -356,6 +356,11 @@ class Method(BaseModel):
         return 0
 
     @property
+    def samples_otherwise(self) -> bool:
+        """Whether :meth:`plan_extra` asks for rows, which may be sampled at another temperature."""
+        return type(self).plan_extra is not Method.plan_extra
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What the trainer has to compute for this method."""
         return frozenset()

@@ -107,7 +107,7 @@ class MoreRollouts(GRPOSeams):
                 f"{refilling[0]} draws other prompts by their number, which a streamed data set does not "
                 "have: load it without streaming, or drop the method"
             )
-        planning = [m.name for m in self._active if type(m).plan_extra is not Method.plan_extra]
+        planning = [m.name for m in self._active if m.samples_otherwise]
         if len(planning) > 1:
             raise ValueError(f"one method may ask for extra rows, found {' and '.join(planning)}: keep one")
         if planning and self.rollout_func is not None:

@@ -26,6 +26,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 
 from posttrain.guards import FiniteGuard
 from posttrain.kernels.head import Scored
+from posttrain.kernels.kept import Truncation
 from posttrain.methods import setup_of, vet
 from posttrain.rl.formulas import group_advantages
 from posttrain.rl.gauges import Gauges
@@ -41,6 +42,8 @@ from posttrain.rl.method import (
 from posttrain.rl.rollouts import MoreRollouts
 from posttrain.rl.rows import CARRY as _CARRY
 from posttrain.rl.seams import reward_name
+from posttrain.rollout.settings import RolloutSettings
+from posttrain.rollout.truncation import cuts, truncation_problem
 from posttrain.selection.trainer import SelectionMixin
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ class GRPOTrainer(SelectionMixin, FiniteGuard, MoreRollouts):
         *args: As ``trl.GRPOTrainer``.
         methods: Methods in the order in which they act. Conflicts are refused here, before the model loads.
         selection: Which weights train: a plan, a selector, either with settings, or None for what TRL trains.
+        rollout: What TRL has no fields for: see :mod:`posttrain.rollout.truncation`.
         **kwargs: As ``trl.GRPOTrainer``.
 
     Raises:
@@ -71,6 +75,7 @@ class GRPOTrainer(SelectionMixin, FiniteGuard, MoreRollouts):
         *args: Any,
         methods: Sequence[Method] = (),
         selection: SelectionPlan | Selector | Select | None = None,
+        rollout: RolloutSettings | None = None,
         **kwargs: Any,
     ) -> None:
         self.methods: tuple[Method, ...] = tuple(methods)
@@ -93,12 +98,33 @@ class GRPOTrainer(SelectionMixin, FiniteGuard, MoreRollouts):
         self.wants_head = self._anyone_needs("head")
         self.wants_old_head = self._anyone_needs("old_head")
         self._gauges = Gauges()
+        self.rollout_settings = rollout or RolloutSettings()
+        self._check_sampling(given.get("args") or GRPOConfig())
         super().__init__(*args, **kwargs)
         self.refuse_late()
         self.start_selection(selection)
 
     def _anyone_needs(self, need: Need) -> bool:
         return any(need in method.needs for method in self._active)
+
+    def _check_sampling(self, config: GRPOConfig) -> None:
+        """Say how sampling is cut, and refuse what the loss cannot follow."""
+        fields, settings = vars(config), self.rollout_settings
+        tempering = next((m.name for m in self._active if m.samples_otherwise), None)
+        problem = truncation_problem(fields, settings, ranks=config.world_size, other_temperature=tempering)
+        if problem is not None and problem.fatal:
+            raise ValueError(f"{problem.message}: {problem.fix}")
+        if problem is not None:
+            logger.warning("%s (%s)", problem.message, problem.fix)
+        cut = cuts(fields)
+        if cut:
+            self.truncation = Truncation(
+                top_p=cut.get("top_p", 1.0),
+                top_k=int(cut.get("top_k", 0)),
+                min_p=cut.get("min_p", 0.0),
+                min_p_first=config.use_vllm,
+            )
+            self.corrects_truncation = settings.truncated_sampling == "correct"
 
     # ---- stages -----------------------------------------------------------------------------------------
 

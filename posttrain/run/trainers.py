@@ -109,6 +109,7 @@ def grpo_trainer(
         callbacks=[*watchers, recorder, FiniteWeights()],
         methods=registry.build(config.methods),
         selection=selection,
+        rollout=config.rollout,
     )
     recorder.trainer = trainer
     return _watched(trainer, run, config.task)

@@ -13,11 +13,14 @@ from trl.trainer.utils import RepeatSampler, get_callable_name, get_config_model
 
 from posttrain.adapters.reference import copied_safely
 from posttrain.kernels.head import Scored, watch_head
+from posttrain.kernels.kept import Truncation
 from posttrain.rl.formulas import aggregate, group_advantages
 from posttrain.rl.seams.reference import ReferenceSeams
 
 # A batch whose log-probabilities are NaN until GRPOSeams.scored.
 _POSTPONED = "posttrain/postponed"
+# (B, C) log of the mass that truncated sampling kept, in the old log-prob pass.
+_KEPT = "posttrain/log_kept"
 
 
 def reward_name(function: Any) -> str:
@@ -59,11 +62,17 @@ class GRPOSeams(ReferenceSeams):
     wants_head: bool = False
     #: The same for the policy that generated: off-policy :meth:`on_old_head` is called in its log-prob pass.
     wants_old_head: bool = False
+    #: How sampling is cut, or None; see :mod:`posttrain.rollout.truncation`.
+    truncation: Truncation | None = None
+    #: Whether the loss is that of the cut distribution.
+    corrects_truncation: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._open_batch: dict[str, Any] | None = None
         self._gathered_rewards: torch.Tensor | None = None
         self._old_pass_is_next = self._postponing = False
+        self._scores_old_head = self._measures_kept = False
+        self._moved: dict[str, torch.Tensor] = {}
         self._old_statistics: dict[str, torch.Tensor] = {}
         self.live_head: Scored | None = None
         with copied_safely(args[0] if args else kwargs.get("model")), self.engine_arguments():
@@ -137,15 +146,24 @@ class GRPOSeams(ReferenceSeams):
 
     def raw_rollout(self, inputs: Any) -> dict[str, Any]:
         """Generate and verify ``inputs`` as TRL does; :meth:`scored` is still to come. Collective."""
-        self._old_pass_is_next, self._old_statistics = self.wants_old_head and self.off_policy, {}
         # the correction for the sampler and methods that look at the old head need TRL's pass where it is
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        self._scores_old_head, self._measures_kept = (
+            self.wants_old_head and self.off_policy,
+            corrected and self.truncation is not None,
+        )
+        self._old_pass_is_next, self._old_statistics = self._scores_old_head or self._measures_kept, {}
         self._postponing = self.rows_may_go and not corrected and not self._old_pass_is_next
         try:
             batch = super()._generate_and_score_completions(inputs)
         finally:
             postponed, self._postponing = self._postponing, False
+        kept = self._old_statistics.pop(_KEPT, None)
         batch.update(self._old_statistics)
+        if kept is not None:
+            # TRL has made its ratio of what the sampler drew from; from here on everything is of the policy
+            batch["old_per_token_logps"] = batch["old_per_token_logps"] + kept
+            batch["sampling_per_token_logps"] = batch["sampling_per_token_logps"] + kept
         if postponed:
             batch[_POSTPONED] = True
         return batch
@@ -179,24 +197,50 @@ class GRPOSeams(ReferenceSeams):
         if self._postponing:
             ids, columns = args[0], args[2]
             return torch.full((len(ids), columns), torch.nan, device=ids.device), None, None
+        is_old_pass = self._old_pass_is_next
         with self._watching(model, *args[:3]):
             result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if self._open_batch is not None:
             logps, entropies, _ = result
-            self._open_batch["advantages"] = self.on_tokens(self._open_batch, logps, entropies)
+            if self.hooked:
+                self._open_batch["advantages"] = self.on_tokens(self._open_batch, logps, entropies)
+            if self.corrects_truncation:
+                return self._renormalised(self._open_batch, logps), *result[1:]
+        elif is_old_pass and _KEPT in self._old_statistics:
+            return result[0] - self._old_statistics[_KEPT], *result[1:]
         return result
 
+    def _renormalised(self, batch: dict[str, Any], logps: torch.Tensor) -> torch.Tensor:
+        """Return (B, C) log-probabilities over the kept tokens, and move what TRL compares them with."""
+        if self.live_head is None:
+            raise RuntimeError(
+                "truncated sampling cannot be corrected: the forward does not show what goes into the LM "
+                "head. Leave top_p, top_k and min_p out, or set rollout.truncated_sampling: accept"
+            )
+        assert self.truncation is not None
+        log_kept = self.live_head.log_kept(self.truncation).to(logps)
+        compared = ("old_per_token_logps", "sampling_per_token_logps", "ref_per_token_logps")
+        self._moved = {name: batch[name] for name in compared if name in batch}
+        for name, values in self._moved.items():
+            # on-policy the kept set and its mass are those of the policy that sampled; of the reference with
+            # gradient, so that the difference, and with it the KL term, stays that of the whole distribution
+            batch[name] = values - (log_kept if name == "ref_per_token_logps" else log_kept.detach())
+        return logps - log_kept
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        if not self.hooked:
+        if not self.hooked and not self.corrects_truncation:
             return super()._compute_loss(model, inputs)
         # a copy: buffered rollouts are used again in later iterations
-        self._open_batch, share = self.on_micro_batch(dict(inputs))
+        self._open_batch, share = self.on_micro_batch(dict(inputs)) if self.hooked else (dict(inputs), 1.0)
         try:
             loss = super()._compute_loss(model, self._open_batch)
-            loss = self.on_loss(loss, self._open_batch)
+            self._open_batch.update(self._moved)
+            if self.hooked:
+                loss = self.on_loss(loss, self._open_batch)
             return loss if isinstance(share, float) and share == 1.0 else loss * share
         finally:
             self._open_batch = self.live_head = None
+            self._moved = {}
 
     @contextlib.contextmanager
     def _watching(
@@ -204,7 +248,7 @@ class GRPOSeams(ReferenceSeams):
     ) -> Iterator[None]:
         """Pick up what goes into the LM head in the loss and in the old log-prob pass, if somebody asked."""
         in_loss = self._open_batch is not None
-        wanted = self.wants_head or (self.wants_old_head and not self.off_policy)
+        wanted = self.wants_head or (self.wants_old_head and not self.off_policy) or self.corrects_truncation
         if not (wanted if in_loss else self._old_pass_is_next):
             yield
             return
@@ -219,7 +263,11 @@ class GRPOSeams(ReferenceSeams):
                 seen.append(scored)
             else:
                 # at once, so that the hidden states of a whole generation batch are never held
-                parts.append(self.on_old_head(scored))
+                part = self.on_old_head(scored) if self._scores_old_head else {}
+                if self._measures_kept:
+                    assert self.truncation is not None
+                    part = {**part, _KEPT: scored.log_kept(self.truncation)}
+                parts.append(part)
 
         with watch_head(policy, input_ids, mask, columns, receive, temperature=self.temperature):
             yield
