@@ -59,9 +59,9 @@ def _generating(subject: Subject, rows: int, prompt_tokens: float | None) -> dic
     }
     on = f" on each of {ranks} processes" if ranks > 1 else ""
     facts["words"] = [
-        f"One generation: {prompts} prompts x {group} completions = {size} completions, for {micro} "
-        "forward-backward "
-        f"passes of {per_device} rows{on}" + (f", used {reuse} times" if reuse > 1 else ""),
+        f"One generation: {prompts} prompt{'s' if prompts != 1 else ''} x {group} completions = {size} "
+        f"completions, for {micro} forward-backward passes of {per_device} rows{on}"
+        + (f", used {reuse} times" if reuse > 1 else ""),
         f"One optimiser step: {completions} completions of {completions / group:g} prompts "
         f"({per_device} rows x {accumulation} accumulated x {ranks} process{'es' if ranks > 1 else ''})",
         f"One epoch: {rows} prompts = {per_epoch} optimiser steps",

@@ -6,6 +6,7 @@ from posttrain.config.schema import RunConfig
 from posttrain.config.trainer_rules import processes
 from posttrain.deep.batch import look_at_batches
 from posttrain.deep.findings import DeepReport, Finding, Section
+from posttrain.deep.rewards import look_at_rewards
 from posttrain.deep.rows import look_at_rows
 from posttrain.deep.stand_in import Encoding, StandIn
 from posttrain.deep.subject import Subject, alone, load_subject
@@ -41,6 +42,8 @@ def _sections(subject: Subject) -> list[Section]:
     if subject.data is not None:
         rows = look_at_rows(subject, encoding)
         sections.append(rows)
+        paid = look_at_rewards(subject)
+        sections += [] if paid is None else [paid]
         sections.append(look_at_batches(subject, _tokens_per_row(subject, encoding)))
     else:
         sections.append(Section("data", "Data", tuple(subject.trouble["data"])))

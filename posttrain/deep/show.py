@@ -112,8 +112,22 @@ def _words(facts: dict[str, Any], console: Console) -> None:
         console.print(Text(f"  {line}"), soft_wrap=True)
 
 
+def _pay(facts: dict[str, Any], console: Console) -> None:
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column(f"mean pay on {facts['rows']} rows")
+    names = list(next(iter(facts["pay"].values()), {}))
+    for name in names:
+        weight = facts["weights"].get(name, 1)
+        table.add_column(name if weight == 1 else f"{name} (x {weight:g})", justify="right")
+    for kind, pay in facts["pay"].items():
+        cells = ("-" if pay[name] is None else f"{pay[name]:.3g}" for name in names)
+        table.add_row(Text(kind), *cells)
+    console.print(table)
+
+
 _FACTS: dict[str, Callable[[dict[str, Any], Console], None]] = {
     "tokens": _tokens,
     "data": _rows,
+    "rewards": _pay,
     "batch": _words,
 }
