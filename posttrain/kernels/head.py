@@ -87,6 +87,23 @@ class LMHead:
             return
         yield _full(weight), None if bias is None else _full(bias)
 
+    def call(self, action: Callable[..., Any], *inputs: torch.Tensor) -> Any:
+        """Return ``action(*inputs)``, called as if it were the forward of the head's module.
+
+        DeepSpeed ZeRO-3 gathers a module's weights before its forward and backward and reduces their
+        gradients behind it, by hooks on the module: what reads weight and bias inside trains them so. Only
+        tensors with gradient may be returned.
+        """
+        before = self.module.__dict__.get("forward")
+        self.module.forward = action
+        try:
+            return self.module(*inputs)
+        finally:
+            if before is None:
+                del self.module.forward
+            else:
+                self.module.forward = before
+
 
 @dataclass(frozen=True)
 class Scored:

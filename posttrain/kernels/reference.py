@@ -65,7 +65,7 @@ def score_against_reference(
     Args:
         hidden: (N, H) hidden states of the policy.
         head: Its LM head. Gradient goes to weight and bias if they require it. Every rank has to call this
-            (and the backward) equally often: a sharded head that is frozen is gathered inside.
+            (and the backward) equally often: a sharded head is gathered inside.
         ref_hidden: (N, H') of the reference; constant.
         ref_head: Its LM head, maybe the same; constant.
         ids: (N,) the tokens.
@@ -74,18 +74,18 @@ def score_against_reference(
 
     Raises:
         ValueError: Shapes do not fit; the vocabularies differ; or the head of the policy trains and is
-            sharded (DeepSpeed ZeRO-3, FSDP), so that its gradient would be lost.
+            sharded by FSDP, so that its gradient would be lost.
     """
     weight, bias = head.module.weight, getattr(head.module, "bias", None)
     assert isinstance(weight, torch.Tensor)
     trains = torch.is_grad_enabled() and (
         weight.requires_grad or (bias is not None and bool(bias.requires_grad))
     )
-    sharded = hasattr(weight, "ds_status") or hasattr(weight, "full_tensor") or weight.dim() != 2
-    if trains and sharded:
+    partitioned = hasattr(weight, "ds_status")
+    if trains and not partitioned and (hasattr(weight, "full_tensor") or weight.dim() != 2):
         raise ValueError(
-            "the exact KL needs the gradient of the LM head, which is sharded here (DeepSpeed ZeRO-3 or "
-            "FSDP): train with LoRA, which leaves the head frozen, or use ZeRO-2 or plain data parallelism"
+            "the exact KL needs the gradient of the LM head, which is sharded here (FSDP): train with LoRA, "
+            "which leaves the head frozen, or use DeepSpeed or plain data parallelism"
         )
     if ids.shape != hidden.shape[:1] or ids.shape != ref_hidden.shape[:1]:
         raise ValueError(
@@ -93,15 +93,25 @@ def score_against_reference(
             f"{tuple(hidden.shape)} and {tuple(ref_hidden.shape)}"
         )
     device = weight.device  # with the model split over devices, the head may be on another one
-    outputs = _Score.apply(
-        hidden.to(device),
-        weight if trains else None,
-        bias if trains else None,
-        ref_hidden.detach().to(device),
-        ids.to(device),
-        (head, ref_head, log_sum_sq_probs, tile or (CPU_TILE if device.type == "cpu" else TILE)),
-    )
-    return ReferenceScores(*outputs)
+    settings = (head, ref_head, log_sum_sq_probs, tile or (CPU_TILE if device.type == "cpu" else TILE))
+    ref_hidden, ids = ref_hidden.detach().to(device), ids.to(device)
+
+    def apply(states: torch.Tensor) -> tuple[Any, ...]:
+        trained = (head.module.weight, bias) if trains else (None, None)
+        columns: tuple[Any, ...] = _Score.apply(states, *trained, ref_hidden, ids, settings)
+        return columns
+
+    if not (trains and partitioned):
+        return ReferenceScores(*apply(hidden.to(device)))
+    constant: dict[int, Any] = {}
+
+    def differentiable(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = apply(states)
+        constant.update({i: column for i, column in enumerate(columns) if i not in (0, 2)})
+        return columns[0], columns[2]
+
+    logps, kl = head.call(differentiable, hidden.to(device))
+    return ReferenceScores(logps, constant[1], kl, *(constant[i] for i in range(3, 7)))
 
 
 @contextlib.contextmanager

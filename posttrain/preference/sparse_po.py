@@ -36,8 +36,8 @@ Defaults and where they come from
 Needs
     The forwards of DPO, both LM heads read together (see TDPO), and the reference's hidden states at the
     completion tokens, kept in their own precision. The network is fp32; its gradient is averaged over ranks
-    under DDP. DeepSpeed and FSDP are refused for it (MaPO goes with them). Its gradient is outside
-    ``max_grad_norm``.
+    under DDP; where DeepSpeed or FSDP shards the policy it has an optimiser of its own. Its gradient is
+    outside ``max_grad_norm``.
 
 Composes with
     What TDPO composes with; weights of several methods multiply, terms add up: with ``tdpo`` beside it the

@@ -51,8 +51,8 @@ Composes with
     Every loss of the pair margin (sigmoid, hinge, ipo, robust, exo_pair, discopop, ...), TRL's weights,
     LoRA, RPO, Flex-DPO, feasible learning. Refused: ``precompute_ref_log_probs`` (sums only),
     ``ld_alpha`` (undefined for the divergence), f-divergences, losses that do not use the margin; and at
-    the first step a head that trains while it is sharded (DeepSpeed ZeRO-3, FSDP), because its gradient
-    would be lost: use LoRA or ZeRO-2. With SparsePO the divergences of both methods add up: take one of
+    the first step a head that trains while FSDP shards it, because its gradient would be lost: use LoRA or
+    DeepSpeed. With SparsePO the divergences of both methods add up: take one of
     them.
 
 Does it do what it claims?

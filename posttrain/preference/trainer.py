@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+#: Where the policy's optimiser holds shards, and what methods train has one of its own.
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
 class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
     """Direct preference optimisation with methods that compose.
 
@@ -89,6 +93,7 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
         self._watched: dict[str, Any] = {}
         self._stepped = True
         self.modules_of_methods: dict[str, torch.nn.Module] = {}
+        self._beside: torch.optim.Optimizer | None = None
         super().__init__(*args, **kwargs)
         self.start_probe(probe_dataset)
         self.start_lists()
@@ -110,13 +115,14 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
                 )
             if module is None:
                 continue
-            kind = self.accelerator.distributed_type
-            if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-                raise ValueError(
-                    f"{method.name} trains weights beside the policy, which {kind.value} does not reduce: "
-                    "launch with plain DDP"
-                )
             self.modules_of_methods[method.name] = module.to(self.args.device, torch.float32)
+        kind = self.accelerator.distributed_type
+        self._own_optimizer = bool(self.modules_of_methods) and kind in SHARDED
+        if self._own_optimizer and self.args.fp16:
+            raise ValueError(
+                f"{', '.join(self.modules_of_methods)} trains weights beside the policy, whose gradients "
+                f"{kind.value}'s loss scale for fp16 would blow up: use bf16"
+            )
 
     # ---- rows -------------------------------------------------------------------------------------------
 
@@ -274,11 +280,26 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
         if fresh:
             if self._pair is not None:
                 self._pair.regroup(optimizer)
-            for method in self._active:
-                module = self.modules_of_methods.get(method.name)
-                for group in [] if module is None else method.parameter_groups(module):
+            groups = [
+                group
+                for method in self._active
+                if method.name in self.modules_of_methods
+                for group in method.parameter_groups(self.modules_of_methods[method.name])
+            ]
+            if self._own_optimizer:
+                cls, settings = self.get_optimizer_cls_and_kwargs(self.args)
+                self._beside = cls(groups, **settings)
+            else:
+                for group in groups:
                     optimizer.add_param_group(group)
         return optimizer
+
+    def _step_beside(self) -> None:
+        """Step what methods train where the policy is sharded, at the learning rate of the policy."""
+        assert self._beside is not None
+        for group in self._beside.param_groups:
+            group["lr"] = self._get_learning_rate()
+        self._beside.step()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-step; the last one of an optimiser step averages what DDP does not see."""
@@ -294,6 +315,8 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
                 self._average_gradients()
                 if self._pair is not None:
                     self._pair.average_gradients(self.accelerator)
+            if self._own_optimizer:
+                self._step_beside()
             if self._pair is not None and self.accelerator.scaler is None:
                 self._pair.guard()
             for method in self._active:
@@ -362,6 +385,8 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
         state = super().extra_state()
         state["methods"] = {method.name: method.state_dict() for method in self.methods}
         state["modules"] = {name: module.state_dict() for name, module in self.modules_of_methods.items()}
+        if self._beside is not None:
+            state["beside"] = self._beside.state_dict()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -380,6 +405,9 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
             method.load_state_dict(saved[method.name])
         for name, values in state.pop("modules", {}).items():
             self.modules_of_methods[name].load_state_dict(values)
+        beside = state.pop("beside", None)
+        if self._beside is not None and beside is not None:
+            self._beside.load_state_dict(beside)
         super().load_extra_state(state)
 
 

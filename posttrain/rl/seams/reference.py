@@ -13,9 +13,7 @@ from peft import PeftModel
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import (
     add_fused_lm_head,
-    create_model_from_path,
     disable_dropout_in_model,
-    get_config_model_id,
     use_adapter,
 )
 
@@ -62,17 +60,8 @@ class ReferenceSeams(VLLMSeams):
             return
         if self.beta != 0.0:
             return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            # parameters may be sharded: read the checkpoint again instead of copying them
-            init_kwargs = dict(self.args.model_init_kwargs or {})
-            init_kwargs.setdefault("dtype", policy.dtype)
-            init_kwargs["device_map"] = None
-            init_kwargs.setdefault("attn_implementation", policy.config._attn_implementation)
-            init_kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
-            reference = create_model_from_path(get_config_model_id(policy.config), **init_kwargs)
-        else:
-            reference = copy.deepcopy(policy)
-            reference.__dict__.pop("forward", None)  # TRL's patched forward belongs to the policy
+        reference = _partitioned_copy(policy) if _is_partitioned(policy) else copy.deepcopy(policy)
+        reference.__dict__.pop("forward", None)  # TRL's patched forward belongs to the policy
         if self.args.disable_dropout:
             disable_dropout_in_model(reference)
         reference.requires_grad_(False).eval()
@@ -196,3 +185,22 @@ class ReferenceSeams(VLLMSeams):
                 **{key: batch[key] for key in _FORWARD_KEYS if key in batch},
             )
         return logps
+
+
+def _is_partitioned(model: torch.nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 cut the parameters up as it loaded them."""
+    return any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+
+
+def _partitioned_copy(model: Any) -> Any:
+    """Return a copy of a model that ZeRO-3 has cut up; every rank copies its own pieces.
+
+    Not the checkpoint again: a model that was warm-started is no longer what its path says.
+    """
+    copied = type(model)._from_config(model.config, dtype=model.dtype)
+    with torch.no_grad():
+        for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
+            ours.ds_tensor.copy_(theirs.ds_tensor)
+        for ours, theirs in zip(copied.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
+    return copied
