@@ -17,6 +17,7 @@ from typing import Any
 from posttrain.config.problems import KeyPath, Problem
 from posttrain.config.tasks import TaskSpec
 from posttrain.config.upstream import installed
+from posttrain.config.vllm_rules import vllm_problems
 
 _TRACKERS = {
     "comet_ml": "comet_ml",
@@ -60,7 +61,7 @@ def rule_problems(
     rules = _Rules(fields, written, at)
     found = [*rules.common()]
     if spec.generates:
-        found += [*rules.batch(), *rules.objective(adapter), *rules.generation()]
+        found += [*rules.batch(), *rules.objective(adapter), *rules.generation(), *vllm_problems(rules)]
     elif spec.pairs:
         found += [] if spec.scores else rules.preference(adapter)
     else:
@@ -120,7 +121,6 @@ class _Rules:
                     f"pip install {package}, or report_to: none",
                 )
         for switch, package, how in (
-            ("use_vllm", "vllm", "pip install 'posttrain[vllm]'"),
             ("deepspeed", "deepspeed", "pip install 'posttrain[deepspeed]'"),
             ("use_liger_kernel", "liger_kernel", "pip install liger-kernel"),
         ):

@@ -33,6 +33,7 @@ from posttrain.preference.lists import ListError
 from posttrain.report import write_report
 from posttrain.rewards.pool import VerifierStartError
 from posttrain.rewards.reward import Reward, build_rewards
+from posttrain.rollout.updates import RolloutError
 from posttrain.run.directory import RunDirectory, RunError, write_json, write_text
 from posttrain.run.evaluating import (
     can_evaluate,
@@ -168,6 +169,8 @@ class _Run:
                 last = trainer.selection.plan
                 self.on_main(lambda: last.save(self.run.selection))
                 trainer.end_selection()
+            if TASKS[self.config.task].generates:
+                trainer.end_rollouts()
             trained = trainer.accelerator.unwrap_model(trainer.model)
             after = self._evaluated("after", steps, trained, held_out, rewards, start=before)
         finally:
@@ -347,6 +350,8 @@ class _Run:
             raise RunError(f"selection: {error}") from error
         except ListError as error:
             raise RunError(f"data: {error}") from error
+        except RolloutError as error:
+            raise RunError(f"trainer.use_vllm: {error}") from error
         self._keep_plan(trainer)
         return trainer
 

@@ -283,10 +283,32 @@ def test_a_rule_is_silent_about_a_value_that_could_not_be_read():
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("posttrain.config.trainer_rules.installed", lambda package: False)
+    for module in ("trainer_rules", "vllm_rules"):
+        monkeypatch.setattr(f"posttrain.config.{module}.installed", lambda package: False)
+    monkeypatch.setattr("posttrain.config.vllm_rules.has_gpu", lambda: True)
     found = errors({"use_vllm": True, "report_to": ["wandb"]})
     assert found["use_vllm"].suggestion == "pip install 'posttrain[vllm]'"
     assert "package wandb" in found["report_to"].message
+    monkeypatch.setattr("posttrain.config.vllm_rules.has_gpu", lambda: False)
+    assert "scripts/setup_vllm_cpu.sh" in errors({"use_vllm": True})["use_vllm"].suggestion
+
+
+def test_what_keeps_vllm_from_making_rollouts_is_said_before_it_starts(monkeypatch):
+    monkeypatch.setattr("posttrain.config.vllm_rules.installed", lambda package: True)
+    monkeypatch.setattr("posttrain.config.vllm_rules.has_gpu", lambda: False)
+    monkeypatch.setattr("posttrain.config.vllm_rules.vllm_version", lambda: "0.31.0")
+    assert errors({"use_vllm": True}) == {}
+    assert (
+        "sleep"
+        in errors({"use_vllm": True, "vllm_enable_sleep_mode": True})["vllm_enable_sleep_mode"].message
+    )
+    short = {"use_vllm": True, "vllm_max_model_length": 64, "max_completion_length": 64}
+    assert "no room for a prompt" in errors(short)["vllm_max_model_length"].message
+    assert errors(short | {"vllm_max_model_length": 65}) == {}
+    assert "live on the rest" in warnings({"use_vllm": True, "vllm_gpu_memory_utilization": 0.9}).popitem()[1]
+    monkeypatch.setattr("posttrain.config.vllm_rules.vllm_version", lambda: "0.22.1")
+    assert "needs vLLM 0.31, found 0.22.1" in errors({"use_vllm": True})["use_vllm"].message
+    assert errors({"vllm_enable_sleep_mode": True}) == {}
 
 
 def test_doubtful_settings_are_warnings():

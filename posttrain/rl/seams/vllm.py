@@ -9,7 +9,9 @@ weights for a model that has no address on disk: the first sync sends all of the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import logging
 import os
 import tempfile
@@ -17,7 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from trl.generation import vllm_generation
+from trl.generation.vllm_generation import empty_cache
 
 from posttrain.rl.seams.batch import BatchSeams
 from posttrain.rollout.sync import WeightSync, engine_dtype
@@ -47,7 +51,26 @@ class VLLMSeams(BatchSeams):
             return
         upstream: Any = vllm_generation
         original = upstream.LLM
-        upstream.LLM = lambda **arguments: original(**self._engine(arguments))
+
+        def start(**arguments: Any) -> Any:
+            ours = self._engine(arguments)
+            alone = not torch.distributed.is_initialized()
+            try:
+                engine = original(**ours)
+            except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+                raise RolloutError(
+                    f"vLLM's engine did not start with {ours['model']}: {error} (memory: lower "
+                    f"vllm_gpu_memory_utilization={ours['gpu_memory_utilization']:g} or set "
+                    f"vllm_max_model_length, now {ours['max_model_len']}; an architecture that vLLM does not "
+                    "know: vllm_model_impl: transformers)"
+                ) from error
+            # at its end it would destroy the process groups, which are the trainer's as well
+            engine.llm_engine.engine_core._finalizer.detach()
+            if alone:
+                atexit.register(_leave_group)
+            return engine
+
+        upstream.LLM = start
         try:
             yield
         finally:
@@ -102,6 +125,17 @@ class VLLMSeams(BatchSeams):
         self.weight_sync = generation.sync_weights = WeightSync(generation, self._stream)
         self.weight_sync.on_synced.append(self._log_sync)
 
+    def end_rollouts(self) -> None:
+        """Give the memory of an engine in this process back; the trainer cannot generate after this."""
+        generation: Any = getattr(self, "vllm_generation", None)
+        if generation is None or getattr(generation, "llm", None) is None:
+            return
+        generation.llm.llm_engine.engine_core.engine_core.model_executor.shutdown()
+        generation.llm = None
+        gc.unfreeze()  # vLLM froze what was there when it started
+        gc.collect()
+        empty_cache()
+
     def _log_sync(self, sync: WeightSync) -> None:
         metrics: Any = self._metrics[self.mode]
         metrics["rollout/sync_bytes"].append(float(sync.sent))
@@ -120,3 +154,9 @@ class VLLMSeams(BatchSeams):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._resync()
+
+
+def _leave_group() -> None:
+    """Leave the process group of one that vLLM made, without which a process may abort when it ends."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
