@@ -29,14 +29,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from transformers import Trainer, TrainerCallback
+from safetensors.torch import load_file, load_model, save_file, save_model
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import TrainingArguments
 
 from posttrain.checkpointing.folders import newest_checkpoint
+from posttrain.fully_sharded import FullySharded
+from posttrain.sharding import gathered, is_split, rows_here
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ class _RestoreLoop(TrainerCallback):
         self.trainer._pending_loop = {}
 
 
-class ExactResume(Trainer):
+class ExactResume(FullySharded):
     """Mixin; put it before the TRL trainer in the bases."""
 
     # of TRL's trainers; transformers' own has neither
@@ -220,19 +222,35 @@ class ExactResume(Trainer):
 
     def _save_reference(self, folder: Path) -> None:
         reference = self._moving_reference()
-        if reference is None or not self.args.should_save:
+        if reference is None:
             return
-        if any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in reference.parameters()):
+        parameters = dict(reference.named_parameters())
+        if any(hasattr(p, "ds_id") for p in parameters.values()):
             logger.warning(
                 "the reference that sync_ref_model moves is sharded and not in the checkpoint: a resume "
                 "would begin with the initial one"
             )
-            return
-        save_model(reference, str(folder / _REFERENCE))
+        elif any(is_split(p) for p in parameters.values()):
+            whole = {
+                n: w.cpu()
+                for n, w in ((n, gathered(p)) for n, p in parameters.items())
+                if self.args.should_save
+            }
+            if self.args.should_save:
+                save_file(whole, folder / _REFERENCE)
+        elif self.args.should_save:
+            save_model(reference, str(folder / _REFERENCE))
 
     def _load_reference(self, folder: Path) -> None:
         reference = self._moving_reference()
         if reference is None:
+            return
+        parameters = dict(reference.named_parameters())
+        if (folder / _REFERENCE).exists() and any(is_split(p) for p in parameters.values()):
+            saved = load_file(folder / _REFERENCE)
+            for name, parameter in parameters.items():
+                rows, first = rows_here(parameter.data)
+                rows.copy_(saved[name][first:][: len(rows)])
             return
         if (folder / _REFERENCE).exists():
             load_model(reference, folder / _REFERENCE)

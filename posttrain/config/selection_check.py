@@ -149,6 +149,12 @@ def _selector_rules(
             ("selection", "method"),
             suggestion="use DDP, or a selector whose selection stays",
         )
+    if changing and trainer.get("fsdp"):
+        yield Problem(
+            f"{selector.name} changes the selection while it trains, which shards of weights cannot follow",
+            ("selection", "method"),
+            suggestion="use DDP, or a selector whose selection stays",
+        )
     if selector.needs == "examples" and task != "sft":
         yield Problem(
             f"{selector.name} scores weights on examples with labels, and task {task!r} has none",
@@ -170,10 +176,4 @@ def _selector_rules(
             ("selection", "round"),
             "warning",
             found=selection.round,
-        )
-    if trainer.get("fsdp") and selector.granularity == "element":
-        yield Problem(
-            f"{selector.name} trains single scalars, which FSDP's shards have no positions for",
-            ("selection", "method"),
-            suggestion="launch with DDP or DeepSpeed, or select whole tensors (hft)",
         )

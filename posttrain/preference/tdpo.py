@@ -50,10 +50,8 @@ Time and memory
 Composes with
     Every loss of the pair margin (sigmoid, hinge, ipo, robust, exo_pair, discopop, ...), TRL's weights,
     LoRA, RPO, Flex-DPO, feasible learning. Refused: ``precompute_ref_log_probs`` (sums only),
-    ``ld_alpha`` (undefined for the divergence), f-divergences, losses that do not use the margin; and at
-    the first step a head that trains while FSDP shards it, because its gradient would be lost: use LoRA or
-    DeepSpeed. With SparsePO the divergences of both methods add up: take one of
-    them.
+    ``ld_alpha`` (undefined for the divergence), f-divergences, losses that do not use the margin. With
+    SparsePO the divergences of both methods add up: take one of them.
 
 Does it do what it claims?
     It brakes: at beta 0.1 the KL of samples after one epoch is 4.3 nats where DPO's is 15.2, with the same

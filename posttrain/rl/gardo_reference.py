@@ -30,8 +30,8 @@ Needs
 
 Composes with
     ``gardo_kl`` (the paper's pair), every ``loss_type``, LoRA. Refused: ACE (its drift would start again
-    from zero at every copy), ``sync_ref_model`` (two mechanisms that move the reference), sharded parameters
-    (FSDP, DeepSpeed ZeRO-3).
+    from zero at every copy), ``sync_ref_model`` (two mechanisms that move the reference), DeepSpeed
+    ZeRO-3 (FSDP2 works).
 
 When not to use it
     When the distance to the initial policy itself matters, for example to keep a model's general abilities:

@@ -28,7 +28,7 @@ Choices
     being updated instead of the one that generated; on-policy they are the same. ``kl="forward"`` takes
     KL(proxy || pi_theta) over the whole vocabulary, the paper's form, whose gradient k3 of the sampled token
     has in expectation; not with ``proxy="old"`` off-policy, where the old distribution is gone, nor with a
-    sharded head (ZeRO-3, FSDP). ``gate="paper"`` takes tokens with pi_theta(y) below the rho-quantile of all
+    sharded head (ZeRO-3). ``gate="paper"`` takes tokens with pi_theta(y) below the rho-quantile of all
     sampled-token probabilities and A < 0 and y kept, without "lpx > l" and without the k > 1 rule.
     ``rho_pos`` also takes, by the same rule, the lowest tokens with A > 0 (off in the official scripts; that
     its branch is the twin of the other is all that is known).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ from posttrain.run.trainers import (
 )
 from posttrain.selection.plan import PlanError
 from posttrain.sft.s3ft import check_columns
+from posttrain.sharding import RAM_EFFICIENT
 
 
 def train(
@@ -133,6 +135,10 @@ class _Run:
     def carry_out(self) -> RunResult:
         config = self.config
         set_seed(self.seed)
+        if (
+            RAM_EFFICIENT in os.environ
+        ):  # a run evaluates and plans before it shards: every rank needs weights
+            os.environ[RAM_EFFICIENT] = "false"
         rewards: Sequence[Reward] = ()
         try:
             # what can be refused is refused before anything is written or computed
@@ -168,10 +174,9 @@ class _Run:
             if trainer.selection is not None:
                 last = trainer.selection.plan
                 self.on_main(lambda: last.save(self.run.selection))
-                trainer.end_selection()
             if TASKS[self.config.task].generates:
                 trainer.end_rollouts()
-            trained = trainer.accelerator.unwrap_model(trainer.model)
+            trained = trainer.plain_model()
             after = self._evaluated("after", steps, trained, held_out, rewards, start=before)
         finally:
             for reward in rewards:

@@ -5,7 +5,7 @@ backend    what it does
 =========  ============================================================================================
 freeze     whole tensors train or do not; no gradient, state or reduction for the others
 packed     the selected scalars of a tensor are a parameter, written into the weight after each step
-composed   the same, put into the weight out of place at each read; for weights sharded by ZeRO-3
+composed   the same, put into the weight out of place at each read; for weights that ZeRO-3 or FSDP2 shard
 masked     dense gradients, :class:`~posttrain.selection.adamw.SelectiveAdamW` moves the selected scalars;
            for selections that change at every step, or that hold most of a tensor
 =========  ============================================================================================
@@ -26,6 +26,7 @@ from posttrain.selection.adamw import SelectiveAdamW
 from posttrain.selection.packed import SUFFIX, Packed, pack
 from posttrain.selection.plan import PlanError, SelectionPlan, TensorSelection
 from posttrain.selection.settings import Backend
+from posttrain.sharding import summed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -160,7 +161,10 @@ class Selection:
         # between two steps ZeRO-3 may have taken values apart
         whole = [packed for packed in self.packed.values() if len(packed.values) == len(packed.base)]
         total = sum(len(packed.values) for packed in whole)
-        return sum(packed.changed() for packed in whole) / total if total else None
+        if not total:
+            return None
+        changed = torch.stack([packed.changed() for packed in whole]).sum()
+        return int(summed(changed, whole[0].values)) / total
 
     def remove(self) -> None:
         """Leave a plain model with the trained weights, trainable as before; the plan stays readable."""
@@ -192,7 +196,7 @@ def apply(
         candidates: Tensors of which more may be selected while the run goes on (ID3), beside the plan's.
         shrinks: Whether :meth:`Selection.shrink` may be called: tensors of which all scalars are selected are
             then treated as single scalars too.
-        sharded: Whether weights will be sharded (ZeRO-3).
+        sharded: Whether weights will be sharded (ZeRO-3, FSDP2).
         deepspeed: Whether DeepSpeed will own the optimiser.
 
     Raises:
@@ -223,7 +227,12 @@ def apply(
             if part.kind == "none" and name not in candidates:
                 parameter.requires_grad_(False)
             elif (part.partial or scalars) and chosen in ("packed", "composed"):
-                selection.packed[name] = pack(places[parameter], part, composed=chosen == "composed")
+                selection.packed[name] = pack(
+                    places[parameter],
+                    part,
+                    composed=chosen == "composed",
+                    split_later=sharded and not deepspeed,
+                )
             elif chosen == "masked" and (part.partial or part.kind == "none" or scalars):
                 if not parameter.is_contiguous():
                     raise PlanError(f"{name} is not contiguous; call .contiguous() on it")

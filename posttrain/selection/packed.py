@@ -15,7 +15,8 @@ In place (the default)
 
 Composed
     W stays the base, and a read gives W with ``values`` put in, out of place. For sharded weights
-    (ZeRO-3), where a write into a gathered W is lost. Costs one copy of a tensor per read until its backward.
+    (ZeRO-3, FSDP2), where a write into a gathered W is lost. ``values`` are then sharded as every parameter.
+    Costs one copy of a tensor per read until its backward.
 
 How a read is noticed
     The module that owns the tensor gets a class of its own, a subclass of its class with ``weight`` as a
@@ -25,6 +26,7 @@ How a read is noticed
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +35,7 @@ import torch
 from torch import nn
 
 from posttrain.selection.plan import PlanError, TensorSelection
+from posttrain.sharding import gathered, is_split, rows_here
 
 SUFFIX = "_selected"
 """What a packed parameter's name has after the tensor's."""
@@ -73,30 +76,32 @@ class Packed:
     """One packed tensor.
 
     Attributes:
-        values: (k,) fp32 (float64 for float64 weights), the parameter that trains.
         index: (k,) sorted flat positions, on the device of the weight.
         base: (k,) the weights at these positions before training, in the type of the weight.
         composed: Whether W stays the base.
+        original: With FSDP2 to come, W as it was packed; while a module has it, or its part of a W that is
+            split, reads give that itself: the values are those of W, and FSDP2 looks for it.
         places: (module, attribute) of the tensor; several where it is tied.
         stale: Whether W may be behind ``values``.
     """
 
-    values: nn.Parameter
     index: torch.Tensor
     base: torch.Tensor
     composed: bool = False
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
     stale: bool = True
+    original: weakref.ref[nn.Parameter] | None = None
     _written: int = -1
 
     def read(self, weight: nn.Parameter) -> torch.Tensor:
         """Return what a module sees as its weight."""
+        if self.original is not None and (is_split(weight) or weight.is_meta or self.original() is weight):
+            return weight
         if self.index.device != weight.device:
             self.index, self.base = self.index.to(weight.device), self.base.to(weight.device)
         if self.composed:
             # read where they live: ZeRO-3 then gathers them for a tied weight's other module too
-            owner, attribute = self.places[0]
-            whole: torch.Tensor = _Composed.apply(weight, owner._parameters[attribute + SUFFIX], self)
+            whole: torch.Tensor = _Composed.apply(weight, self.values, self)
             if hasattr(weight, "ds_status"):  # TRL asks an LM head under ZeRO-3 whether it has to be gathered
                 whole.ds_status = type(weight.ds_status).AVAILABLE  # type: ignore[attr-defined]
             return whole
@@ -113,8 +118,24 @@ class Packed:
             # a read while a backward runs (recomputation of shared layers) writes what is there already, and
             # must not count as a change of W to the rest of that backward: .data has no version
             target = weight.detach() if always or changed else weight.data
-            target.view(-1)[self.index] = self.values.to(weight.dtype)
+            if is_split(target):
+                self._write_rows(target)
+            else:
+                target.view(-1)[self.index] = self.values.to(weight.dtype)
             self._written, self.stale = self.values._version, False
+
+    def _write_rows(self, weight: torch.Tensor) -> None:
+        """Write what falls into this rank's rows of W; the values are gathered for it."""
+        values = gathered(self.values)
+        rows, first = rows_here(weight)
+        flat = rows.reshape(-1)
+        assert flat.data_ptr() == rows.data_ptr()
+        start = first * weight.stride(0)
+        low, high = torch.searchsorted(
+            self.index,
+            torch.tensor([start, start + flat.numel()], device=self.index.device, dtype=self.index.dtype),
+        ).tolist()
+        flat[self.index[low:high] - start] = values[low:high].to(flat)
 
     @torch.no_grad()
     def whole(self, weight: torch.Tensor | None = None, values: torch.Tensor | None = None) -> torch.Tensor:
@@ -124,6 +145,14 @@ class Packed:
         out = weight.detach().clone(memory_format=torch.contiguous_format)
         out.view(-1)[self.index.to(out.device)] = values.detach().to(out)
         return out
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The parameter that trains, (k,) fp32 (float64 for float64 weights); FSDP2 replaces it."""
+        module, attribute = self.places[0]
+        values = module._parameters[attribute + SUFFIX]
+        assert values is not None
+        return values
 
     @property
     def weight(self) -> nn.Parameter:
@@ -143,9 +172,21 @@ class Packed:
         self.index, self.base, self.stale = self.index[places], self.base[places], True
 
     @torch.no_grad()
-    def changed(self) -> int:
-        """Return how many selected scalars differ from the base in the type of the weight."""
-        return int((self.values.to(self.base.dtype) != self.base.to(self.values.device)).sum())
+    def changed(self) -> torch.Tensor:
+        """Return how many selected scalars differ from the base in the type of the weight; of this rank's."""
+        values, base = self._with_base()
+        return (values.to(base.dtype) != base).sum()
+
+    def _with_base(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the values that this rank holds, and the base at the same places."""
+        values, first = rows_here(self.values.detach())
+        return values, self.base[first:][: len(values)].to(values.device)
+
+    @torch.no_grad()
+    def pull(self, strength: float) -> None:
+        """See :func:`pull_to_base`."""
+        values, base = self._with_base()
+        values.lerp_(base.to(values), strength)
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -156,12 +197,18 @@ class Packed:
             del records[attribute]  # the property stays on a class that copies of the model may share
             module._parameters.pop(attribute + SUFFIX, None)
             if not records:
-                module.__class__ = type(module).__bases__[0]
+                # FSDP2 puts a class of its own on top, which has to stay
+                if attribute in vars(type(module)):
+                    module.__class__ = type(module).__bases__[0]
                 del module.__dict__[_RECORDS]
 
 
 def pack(
-    places: list[tuple[nn.Module, str]], selection: TensorSelection, *, composed: bool = False
+    places: list[tuple[nn.Module, str]],
+    selection: TensorSelection,
+    *,
+    composed: bool = False,
+    split_later: bool = False,
 ) -> Packed:
     """Make the selected scalars of one tensor a parameter of the module that owns it.
 
@@ -169,6 +216,7 @@ def pack(
         places: (module, attribute) of the tensor; the first one gets the parameter ``ATTRIBUTE_selected``.
         selection: What trains of it.
         composed: See the module page.
+        split_later: Whether FSDP2 will split the tensor.
 
     Raises:
         PlanError: The tensor is not floating-point, not contiguous, or packed already.
@@ -193,7 +241,9 @@ def pack(
     weight.requires_grad_(False)
     weight.grad = None
     owner.register_parameter(attribute + SUFFIX, values)
-    packed = Packed(values, index, base.clone(), composed, places)
+    packed = Packed(index, base.clone(), composed, places)
+    if split_later:
+        packed.original = weakref.ref(weight)
     for module, name in places:
         _own_class(module)
         setattr(type(module), name, _property(name))
@@ -203,8 +253,7 @@ def pack(
 
 def pull_to_base(packed: Packed, strength: float) -> None:
     """Decay ``values`` towards the base instead of 0: values -= strength * (values - base)."""
-    with torch.no_grad():
-        packed.values.lerp_(packed.base.to(packed.values), strength)
+    packed.pull(strength)
 
 
 def packed_tensors(model: nn.Module) -> Iterator[Packed]:

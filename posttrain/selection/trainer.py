@@ -14,7 +14,7 @@ from posttrain.checkpointing.resume import CheckpointError, ExactResume
 from posttrain.selection.adamw import SelectiveAdamW
 from posttrain.selection.apply import Selection, apply, is_packed_name
 from posttrain.selection.grow import GrowingSelector, Growth
-from posttrain.selection.packed import SUFFIX, pull_to_base
+from posttrain.selection.packed import SUFFIX, packed_tensors, pull_to_base
 from posttrain.selection.plan import PlanError, SelectionPlan
 from posttrain.selection.settings import Backend, Decay, Select
 
@@ -75,7 +75,8 @@ class SelectionMixin(ExactResume):
             raise PlanError(f"weight_decay is off, selected or to_base, found {weight_decay!r}")
         kind = self.accelerator.distributed_type
         deepspeed = kind == DistributedType.DEEPSPEED
-        sharded = deepspeed and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        fully = kind == DistributedType.FSDP  # the launcher's name for FSDP1 and FSDP2
+        sharded = fully or (deepspeed and self.accelerator.state.deepspeed_plugin.zero_stage == 3)
         if weight_decay == "to_base" and deepspeed:
             raise PlanError(
                 "weight_decay to_base acts before the step, which DeepSpeed hides: use selected or off"
@@ -88,10 +89,10 @@ class SelectionMixin(ExactResume):
             raise
         except (ValueError, FloatingPointError) as error:  # an impossible budget, a broken weight
             raise PlanError(str(error)) from error
-        if kind == DistributedType.FSDP and (plan.partial or candidates):
+        if fully and not self.accelerator.is_fsdp2 and (plan.partial or candidates):
             raise PlanError(
-                "single scalars cannot be trained under FSDP, whose shards have no flat positions: launch "
-                "with DDP or DeepSpeed, or select whole tensors (hft, bitfit, explicit)"
+                "single scalars cannot be trained under FSDP1, which flattens tensors together: use FSDP2 "
+                "(fsdp_version: 2), DDP or DeepSpeed, or select whole tensors (hft, bitfit, explicit)"
             )
         backend = select.backend
         if getattr(select.what, "schedule", None) == "shrink":
@@ -158,6 +159,18 @@ class SelectionMixin(ExactResume):
             self.selection.refresh()
             self.selection.remove()
             self.selection = self._growth = None
+
+    def plain_model(self) -> Any:
+        """Return the model without wrappers, selection and sharding; training cannot go on after this."""
+        sharded = self._skeleton is not None
+        if not sharded:
+            self.end_selection()
+        model = super().plain_model()
+        if sharded and self.selection is not None:
+            for packed in list(packed_tensors(model)):
+                packed.remove()
+            self.selection = self._growth = None
+        return model
 
     def _made(self, select: Select, model: Any) -> tuple[SelectionPlan, list[str], int]:
         """Return the plan to begin with, and of a growing selection the candidates and what is to come."""
@@ -393,8 +406,8 @@ class SelectionMixin(ExactResume):
         Raises:
             CheckpointError: The checkpoint has none, or those of another selection.
         """
-        if self.selection is None or not self.selection.packed:
-            return
+        if self.selection is None or not self.selection.packed or self.is_fsdp_enabled:
+            return  # FSDP's own checkpoint has the values among the parameters
         path = checkpoint / VALUES_FILE
         saved = load_file(path) if path.is_file() else {}
         packed = self.selection.packed

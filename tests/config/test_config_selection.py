@@ -137,7 +137,8 @@ def test_a_selection_that_changes_needs_an_adamw(problems):
     assert "changes the selection" in problems(text, "selection.backend=packed")["selection.backend"].message
 
 
-def test_single_scalars_under_fsdp_are_refused(problems):
-    found = problems("selection: {random: {budget: 0.1}}", "trainer.fsdp=full_shard")
-    assert "FSDP" in found["selection.random"].message
-    assert "selection.hft" not in problems("selection: {hft: {}}", "trainer.fsdp=full_shard")
+def test_a_selection_that_changes_under_fsdp_is_refused(problems):
+    found = problems("selection: {id3: {budget: 0.1}}", "trainer.fsdp=full_shard")
+    assert "shards of weights cannot follow" in found["selection.id3"].message
+    for text in ("selection: {hft: {}}", "selection: {random: {budget: 0.1}}"):
+        assert problems(text, "trainer.fsdp=full_shard") == {}

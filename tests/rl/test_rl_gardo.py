@@ -1,6 +1,7 @@
 """GARDO's three parts against the numbers of their definition (arXiv 2512.24138)."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import support
@@ -727,8 +728,10 @@ def test_ace_and_a_moving_reference_are_refused(tmp_path):
 
 def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
     trainer = build(GRPOTrainer, tmp_path, methods=[GardoReference()], beta=0.1)
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="cannot be moved while parameters are sharded"):
+    trainer.is_deepspeed_enabled = True
+    state = type(trainer.accelerator.state)
+    monkeypatch.setattr(state, "deepspeed_plugin", SimpleNamespace(zero_stage=3))
+    with pytest.raises(ValueError, match="cannot be moved while DeepSpeed ZeRO-3 shards"):
         trainer._refuse_sharded_reference()
 
 

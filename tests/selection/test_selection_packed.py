@@ -113,7 +113,7 @@ def test_half_precision_weights_have_fp32_masters():
     weight = packed.weight
     for _ in range(40):  # each step far below the spacing of bf16 at most weights
         with torch.no_grad():
-            packed.values += 1e-5
+            packed.values.add_(1e-5)
         model(**batch(0))
     assert weight.dtype == torch.bfloat16
     selected = weight.detach().flatten()[packed.index]
@@ -160,7 +160,7 @@ def test_a_checkpoint_restores_the_parameter(tmp_path):
     model, _ = packed_model(NAMES)
     for packed in packed_tensors(model):
         with torch.no_grad():
-            packed.values += 0.5
+            packed.values.add_(0.5)
     model(**batch(0))
     state = copy.deepcopy(model.state_dict())
     again, _ = packed_model(NAMES)
@@ -173,7 +173,7 @@ def test_decay_towards_the_base():
     model, _ = packed_model(NAMES[1:2])
     (packed,) = packed_tensors(model)
     with torch.no_grad():
-        packed.values += 1.0
+        packed.values.add_(1.0)
     pull_to_base(packed, 0.1)
     assert torch.allclose(packed.values, packed.base + 0.9)
 

@@ -305,11 +305,11 @@ def test_a_selector_that_cannot_select_is_a_plan_error(tmp_path):
         )
 
 
-def test_single_scalars_under_fsdp_are_refused(tmp_path, monkeypatch):
+def test_single_scalars_under_fsdp1_are_refused(tmp_path, monkeypatch):
     plan = plan_for(support.model(tied=True))
     trainer = sft(tmp_path)
     monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.FSDP)
-    with pytest.raises(PlanError, match="cannot be trained under FSDP"):
+    with pytest.raises(PlanError, match="cannot be trained under FSDP1"):
         trainer.start_selection(plan)
     names = [name for name, _ in trainer.model.named_parameters()]
     whole = {names[0]: TensorSelection.all(plan.tensors[names[0]].shape)}

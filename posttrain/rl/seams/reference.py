@@ -25,6 +25,7 @@ from posttrain.adapters.reference import (
     load_beside_reference,
 )
 from posttrain.rl.seams.vllm import VLLMSeams
+from posttrain.sharding import gathered, is_split, rows_here
 
 # What a forward needs beside ids and mask; present for multimodal models only.
 _FORWARD_KEYS = (
@@ -96,10 +97,10 @@ class ReferenceSeams(VLLMSeams):
 
     def _refuse_sharded_reference(self) -> None:
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+        if plugin is not None and plugin.zero_stage == 3:
             raise ValueError(
-                "the reference cannot be moved while parameters are sharded (FSDP, DeepSpeed ZeRO-3): use "
-                "ZeRO-2 or plain data parallelism, with an adapter if memory is short"
+                "the reference cannot be moved while DeepSpeed ZeRO-3 shards it: use FSDP2, ZeRO-2 or plain "
+                "data parallelism, with an adapter if memory is short"
             )
 
     def _reference_tensors(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -113,14 +114,18 @@ class ReferenceSeams(VLLMSeams):
     def refresh_reference(self) -> None:
         """Make the current policy the reference, of the adapter or of all weights."""
         for reference, policy in self._reference_tensors():
-            reference.data.copy_(policy.data)
+            rows_here(reference.data)[0].copy_(rows_here(policy.data)[0])  # FSDP2 splits both in the same way
         self._reference_moved = True
 
     def reference_state(self) -> dict[str, Any]:
-        """Return whether the reference moved and, on the main process, its tensors then."""
-        write = self._reference_moved and self.accelerator.is_main_process
-        pairs = self._reference_tensors() if write else []
-        return {"moved": self._reference_moved, "tensors": [tensor.detach().cpu() for tensor, _ in pairs]}
+        """Return whether the reference moved and, on the main process, its tensors then. Collective."""
+        pairs = self._reference_tensors() if self._reference_moved else []
+        tensors = [
+            whole.cpu()
+            for whole in (gathered(tensor) for tensor, _ in pairs)
+            if self.accelerator.is_main_process
+        ]
+        return {"moved": self._reference_moved, "tensors": tensors}
 
     def load_reference_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`reference_state` returned. Collective."""
@@ -128,11 +133,14 @@ class ReferenceSeams(VLLMSeams):
         if not self._reference_moved:
             return
         references = [reference for reference, _ in self._reference_tensors()]
-        if self.accelerator.is_main_process:
-            for reference, saved in zip(references, state["tensors"], strict=True):
-                reference.data.copy_(saved)
-        for reference in references:
-            broadcast(reference.data)
+        main = self.accelerator.is_main_process
+        for place, reference in enumerate(references):
+            rows, first = rows_here(reference.data)
+            whole = torch.empty(reference.shape, dtype=reference.dtype, device=rows.device)
+            if main:
+                whole.copy_(state["tensors"][place])
+            broadcast(whole)
+            rows.copy_(whole[first:][: len(rows)] if is_split(reference) else whole)
 
     def _embedded(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Return each row's mean final hidden state, and the old log-probs of that forward if wanted."""
