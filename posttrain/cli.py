@@ -27,6 +27,7 @@ from posttrain.cli_delta import delta_app
 from posttrain.cli_doctor import doctor
 from posttrain.cli_merging import best_of, merge, warm
 from posttrain.cli_plan import plan_app
+from posttrain.cli_samples import samples
 
 app = typer.Typer(
     name="posttrain",
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.add_typer(delta_app, name="delta")
 app.add_typer(plan_app, name="plan")
 app.command()(doctor)
+app.command()(samples)
 app.command()(merge)
 app.command()(warm)
 app.command("best-of")(best_of)

@@ -116,6 +116,7 @@ def answers(as_json: bool) -> Iterator[None]:
     leave_process_group()
 
 
-def print_json(value: Any) -> None:
-    """Print ``value`` as JSON on stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Print ``value`` as JSON on stdout; what has no UTF-8 form (lone surrogates) stays an escape."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    typer.echo(text.encode("utf-8", errors="backslashreplace").decode("utf-8"))

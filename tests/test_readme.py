@@ -52,7 +52,8 @@ def test_the_example_configuration_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verb", ["check", "train", "eval", "export", "report", "compare", "sparsity", "methods", "doctor"]
+    "verb",
+    ["check", "train", "eval", "export", "report", "compare", "sparsity", "methods", "doctor", "samples"],
 )
 def test_every_verb_of_the_table_exists(verb):
     done = subprocess.run(

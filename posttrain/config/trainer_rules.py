@@ -19,13 +19,14 @@ from posttrain.config.tasks import TaskSpec
 from posttrain.config.upstream import installed
 from posttrain.config.vllm_rules import vllm_problems
 
+# modules a tracker can be had from, any of which will do
 _TRACKERS = {
-    "comet_ml": "comet_ml",
-    "mlflow": "mlflow",
-    "swanlab": "swanlab",
-    "trackio": "trackio",
-    "wandb": "wandb",
-}
+    name: (name,)
+    for name in (
+        "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "swanlab", "trackio",
+        "wandb",
+    )
+} | {"tensorboard": ("tensorboard", "tensorboardX")}  # fmt: skip
 DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 """Losses of the difference of two rewards, for which divergences other than the reverse KL are defined."""
 
@@ -113,12 +114,12 @@ class _Rules:
             )
         trackers = [self["report_to"]] if isinstance(self["report_to"], str) else self["report_to"] or []
         for tracker in trackers:
-            package = _TRACKERS.get(tracker)
-            if package and not installed(package):
+            packages = _TRACKERS.get(tracker, ())
+            if packages and not any(installed(package) for package in packages):
                 yield self.problem(
                     "report_to",
-                    f"report_to: {tracker} needs the package {package}, which is not installed",
-                    f"pip install {package}, or report_to: none",
+                    f"report_to: {tracker} needs the package {packages[0]}, which is not installed",
+                    f"pip install {packages[0]}, or report_to: none",
                 )
         for switch, package, how in (
             ("deepspeed", "deepspeed", "pip install 'posttrain[deepspeed]'"),

@@ -111,6 +111,13 @@ KNOWN = (
         "gradient_checkpointing_kwargs: {use_reentrant: false}, or gradient_checkpointing: false",
     ),
     Known(
+        "tracker_login",
+        r"wandb.*(api_key|API key|login|not logged)|No API key configured|(Comet|Neptune|SwanLab).*(api|"
+        r"token|login)",
+        "the tracker under trainer.report_to wants an account, and there is nobody to ask",
+        "log in once (wandb login), export WANDB_MODE=offline, or report_to: trackio, which needs no account",
+    ),
+    Known(
         "hub_access",
         r"GatedRepo|gated repo|401 Client|403 Client|RepositoryNotFound|offline mode|LocalEntryNotFound|"
         r"couldn't connect",

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.text import Text
 
+from posttrain.terminal import visible
+
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -62,7 +64,7 @@ def print_findings(findings: Iterable[Finding], console: Console, nothing: str) 
         console.print(head, soft_wrap=True)
         for label, text in (("found", row.found), ("cause", row.cause), ("try", row.advice)):
             if text:
-                lines = text.splitlines() or [""]
+                lines = visible(text).splitlines()
                 console.print(Text(f"  {label:<6} {lines[0]}"), soft_wrap=True)
                 for line in lines[1:]:
                     console.print(Text(f"         {line}"), soft_wrap=True)

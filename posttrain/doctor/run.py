@@ -5,9 +5,7 @@ Nothing here needs the run to be finished or its files to be whole.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
-import os
 import shutil
 import socket
 import statistics
@@ -26,7 +24,7 @@ from posttrain.doctor.combinations import DISK_FULL
 from posttrain.doctor.failures import explain
 from posttrain.doctor.finding import Finding
 from posttrain.report.load import Run, as_dict, as_number, read_evaluation, read_metrics
-from posttrain.run.directory import RunDirectory, RunError, last_json_lines, read_json_object
+from posttrain.run.directory import RunDirectory, RunError, held, last_json_lines, read_json_object
 from posttrain.run.status import read_status
 
 State = Literal["running", "finished", "stopped", "failed", "killed", "unknown"]
@@ -166,23 +164,6 @@ def state_of(run: RunDirectory, logs: Run, config: dict[str, Any]) -> RunState:
         str(status.get("ended", "")),
         errors,
     )
-
-
-def held(run: RunDirectory) -> bool:
-    """Whether a process on this machine is at work in the folder."""
-    try:
-        descriptor = os.open(run.root, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)
-    return False
 
 
 # ---- checks -----------------------------------------------------------------------------------------------

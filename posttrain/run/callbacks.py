@@ -1,42 +1,19 @@
-"""What watches a run: the metrics file, the completions file, the progress line."""
+"""What watches a run: the metrics file, the completions file, the weights about to be saved."""
 
 # ruff: noqa: ARG002, D102 - names and arguments of the hooks are those of transformers.TrainerCallback
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from posttrain.run.directory import RunDirectory, append_json_lines, keep_json_lines
-
-# What the progress line shows, in this order, where a run logs it.
-_SHOWN = {
-    "loss": "loss",
-    "reward": "reward",
-    "entropy": "entropy",
-    "rewards/accuracies": "preferences",
-    "rewards/margins": "margin",
-    "mean_token_accuracy": "accuracy",
-    "accuracy": "preferences",
-    "margin": "margin",
-    "completions/mean_length": "length",
-}
 
 
 class RunRecorder(TrainerCallback):
@@ -79,9 +56,12 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        row = {"step": state.global_step, "seconds": round(time.monotonic() - self._started, 3), **logs}
         if self.trainer is not None and "reward" in logs:
-            row |= usefulness(self.trainer.last_completions(), self.trainer.num_generations)
+            useful = usefulness(self.trainer.last_completions(), self.trainer.num_generations)
+            logs.update(useful)  # for what reads the log after this
+            if state.log_history:
+                state.log_history[-1].update(useful)
+        row = {"step": state.global_step, "seconds": round(time.monotonic() - self._started, 3), **logs}
         append_json_lines(self.run.metrics, [row])
         summary_of_a_logged_step = "train_runtime" in logs and _was_logged(state)
         if self.trainer is not None and "reward" in logs and not summary_of_a_logged_step:
@@ -147,70 +127,3 @@ class FiniteWeights(TrainerCallback):
                     "they were not saved, and earlier checkpoints are untouched. Lower the learning rate or "
                     "the weight decay, and go on with --resume."
                 )
-
-
-class ConsoleProgress(TrainerCallback):
-    """One live line on a terminal, one plain line per log elsewhere."""
-
-    def __init__(self, title: str, console: Console | None = None) -> None:
-        self.title = title
-        self.console = console or Console(stderr=True)
-        self._progress: Progress | None = None
-        self._task: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not state.is_world_process_zero or not self.console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=self.console,
-        )
-        self._progress.start()
-        self._task = self._progress.add_task(
-            self.title, total=state.max_steps, completed=state.global_step, numbers=""
-        )
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        shown = [
-            f"{label} {logs[key]:.4g}"
-            for key, label in _SHOWN.items()
-            if isinstance(logs.get(key), (int, float)) and math.isfinite(logs[key])
-        ]
-        if self._progress is not None:
-            self._progress.update(self._task, numbers="  ".join(shown))
-        else:
-            line = f"{self.title} {state.global_step}/{state.max_steps}  {'  '.join(shown)}"
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Give the terminal back; also called when training ends in an error."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None

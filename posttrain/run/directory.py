@@ -230,6 +230,23 @@ class RunDirectory:
             yield hold
 
 
+def held(run: RunDirectory) -> bool:
+    """Whether a process on this machine is at work in the folder."""
+    try:
+        descriptor = os.open(run.root, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON so that a reader sees the old file or the new one, never half of it."""
     write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False, default=_plain))
@@ -261,7 +278,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     # not splitlines() of a text: a completion may hold U+2028 and its like, which JSON does not escape
-    rows = [_json_object(line) for line in path.read_bytes().split(b"\n")]
+    rows = [json_object(line) for line in path.read_bytes().split(b"\n")]
     return [row for row in rows if row is not None]
 
 
@@ -284,19 +301,20 @@ def last_json_lines(path: Path, count: int, *, most_bytes: int = 64 * 2**20) -> 
     except OSError:
         return []
     lines = tail.split(b"\n")
-    rows = [_json_object(line) for line in (lines if position == 0 else lines[1:])]
+    rows = [json_object(line) for line in (lines if position == 0 else lines[1:])]
     return [row for row in rows if row is not None][-count:]
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a file; an empty one where the file is missing or damaged."""
     try:
-        return _json_object(path.read_bytes()) or {}
+        return json_object(path.read_bytes()) or {}
     except OSError:
         return {}
 
 
-def _json_object(line: bytes) -> dict[str, Any] | None:
+def json_object(line: bytes) -> dict[str, Any] | None:
+    """Return the object that a line holds, or None where it is damaged or something else."""
     try:
         row = json.loads(line.decode("utf-8", errors="replace"))
     except (ValueError, RecursionError):

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 
@@ -22,8 +23,9 @@ from posttrain.rl import registry
 from posttrain.rl.trainer import GRPOTrainer
 from posttrain.rl.ttrl import unlabelled
 from posttrain.run.alarms import Alarms
-from posttrain.run.callbacks import ConsoleProgress, FiniteWeights, RunRecorder
+from posttrain.run.callbacks import FiniteWeights, RunRecorder
 from posttrain.run.directory import RunDirectory, RunError
+from posttrain.run.progress import ConsoleProgress
 from posttrain.selection import registry as selectors
 from posttrain.selection.plan import SelectionPlan
 from posttrain.selection.selector import Selector
@@ -47,10 +49,18 @@ def trl_config(cls: type, fields: Mapping[str, Any], run: RunDirectory, **ours: 
         if not fields.get("fp16"):
             values["bf16"] = False
     values |= fields
+    if values["report_to"] not in ("none", [], None):  # else trackers file every run under the same name
+        values = {"run_name": _tracked_name(run), "project": "posttrain", **values}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise RunError(f"{cls.__name__} refuses the fields under 'trainer': {error}") from error
+
+
+def _tracked_name(run: RunDirectory) -> str:
+    """Return the folder of a run as it is seen from here; arms of a comparison end in the same word."""
+    root, here = run.root.resolve(), Path.cwd()
+    return root.relative_to(here).as_posix() if root.is_relative_to(here) else "/".join(root.parts[-3:])
 
 
 def sft_trainer(
@@ -189,8 +199,15 @@ def run_training(trainer: Any, checkpoint: Path | None) -> None:
 
 
 def _watched(trainer: Any, run: RunDirectory, title: str) -> Any:
-    """Replace transformers' bar and the dictionaries it prints by one readable line, and set the alarms."""
+    """Replace transformers' bar and the dictionaries it prints by our own display, and set the alarms.
+
+    Trackers (``report_to``) come last, so that they see what the callbacks before them add to a log.
+    """
     trainer.add_callback(Alarms(run.alarms))
+    kinds = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
+    for tracker in [row for row in trainer.callback_handler.callbacks if isinstance(row, kinds)]:
+        trainer.remove_callback(tracker)
+        trainer.add_callback(tracker)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:

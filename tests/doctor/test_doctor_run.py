@@ -147,6 +147,7 @@ FAILURES = {
     "adapter_targets": ValueError("Target modules {'q'} not found in the base model."),
     "no_gradient": RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn"),
     "hub_access": OSError("couldn't connect to 'https://huggingface.co' to load the files"),
+    "tracker_login": RuntimeError("wandb: api_key not configured (no-tty). call wandb login"),
     "broken_packages": ImportError("cannot import name 'x' from 'trl'"),
     "columns": KeyError("answer"),
     "gpu_memory_for_vllm": ValueError("Free memory on device is less than desired GPU memory utilization"),

@@ -12,9 +12,10 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from posttrain.config.schema import EvaluateConfig, RewardConfig, RunConfig
 from posttrain.evaluation.results import Problem, Sample, summarise
 from posttrain.rewards.reward import VerifierFailure
-from posttrain.run.callbacks import ConsoleProgress, FiniteWeights
+from posttrain.run.callbacks import FiniteWeights
 from posttrain.run.directory import RunError
 from posttrain.run.evaluating import _refuse_failing, check_context
+from posttrain.run.progress import ConsoleProgress
 from posttrain.run.trainers import run_training
 
 
