@@ -51,6 +51,8 @@ class Terminated(KeyboardInterrupt):
 
 def _terminate(number: int, frame: Any) -> NoReturn:
     del number, frame
+    # launchers send more than one signal, and the second would cut off the way out
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated
 
 
@@ -83,6 +85,10 @@ def reported_errors(go_on: str = "") -> Iterator[None]:
 
         if is_request_error(error):
             request_error(str(error))
+        if type(error).__name__ == "RankFailure":
+            if not error.told:  # type: ignore[attr-defined]
+                stderr().print(f"stopped: {describe(error)}", markup=False)
+            raise typer.Exit(1) from None
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = f"\nThe disk is full: free space, then {go_on}" if full and go_on else ""

@@ -8,7 +8,7 @@ _REQUEST_ERRORS = frozenset(
 )
 # Their messages are sentences for the user; the name of the class in front would only be in the way.
 _RUN_ERRORS = frozenset(
-    {"ExportError", "PushError", "CheckpointError", "VerifierFailure", "VerifierStartError"}
+    {"ExportError", "PushError", "CheckpointError", "RankFailure", "VerifierFailure", "VerifierStartError"}
 )
 # What libraries say when something of ours or the user's is the cause.
 _EXPLAINED = {

@@ -39,6 +39,8 @@ from transformers.training_args import TrainingArguments
 from posttrain.checkpointing.folders import newest_checkpoint
 from posttrain.fully_sharded import FullySharded
 from posttrain.sharding import gathered, is_split, rows_here
+from posttrain.watchdog.phases import phase
+from posttrain.watchdog.trainer import WatchedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class _RestoreLoop(TrainerCallback):
         self.trainer._pending_loop = {}
 
 
-class ExactResume(FullySharded):
+class ExactResume(WatchedTrainer, FullySharded):
     """Mixin; put it before the TRL trainer in the bases."""
 
     # of TRL's trainers; transformers' own has neither
@@ -169,6 +171,10 @@ class ExactResume(FullySharded):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with phase("saving"):
+            self._save_whole(model, trial)
+
+    def _save_whole(self, model: Any, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = run_dir / _STAGING / name, run_dir / name

@@ -18,6 +18,7 @@ from posttrain.config.problems import nearest
 from posttrain.config.sentences import RULE
 from posttrain.config.tasks import TASKS, Task
 from posttrain.rollout.settings import RolloutSettings
+from posttrain.watchdog.phases import LIMITS
 
 HELD_OUT_SEED = 1_000_003
 """Of the held-out part, unless another is given; that of the training part is 0."""
@@ -387,6 +388,41 @@ class WarmStartConfig(Section):
     trainer: dict[str, Any] = Field(default_factory=dict, description="Fields of TRL's SFTConfig.")
 
 
+class WatchdogConfig(Section):
+    """When a run of several processes stops because one of them is lost: limits in seconds, null for never.
+
+    The limit of a phase counts while the other ranks wait. See :mod:`posttrain.watchdog`.
+    """
+
+    enabled: bool = Field(default=True, description="false: ranks that die or hang are not noticed.")
+    silence: float = Field(
+        default=20.0, ge=5, description="Without a sign of life of a process; a killed one is seen at once."
+    )
+    collective: float | None = Field(
+        default=900.0, gt=0, description="All ranks waiting for each other, as after a network failure."
+    )
+    loading: float | None = Field(default=LIMITS["loading"], gt=0, description="Data, model, first phases.")
+    data: float | None = Field(default=LIMITS["data"], gt=0, description="The next training rows.")
+    generation: float | None = Field(default=LIMITS["generation"], gt=0, description="Sampling completions.")
+    rewards: float | None = Field(
+        default=LIMITS["rewards"],
+        gt=0,
+        description="Reward functions, once another rank is done. Verifiers have a 'deadline' beside it.",
+    )
+    weight_sync: float | None = Field(default=LIMITS["weight_sync"], gt=0, description="Weights to vLLM.")
+    log_probs: float | None = Field(
+        default=LIMITS["log_probs"], gt=0, description="Log-probabilities of old policy and reference."
+    )
+    backward: float | None = Field(default=LIMITS["backward"], gt=0, description="Forward and backward.")
+    optimizer: float | None = Field(default=LIMITS["optimizer"], gt=0, description="The optimiser step.")
+    callbacks: float | None = Field(
+        default=LIMITS["callbacks"], gt=0, description="Logging, trackers and callbacks behind a step."
+    )
+    saving: float | None = Field(default=LIMITS["saving"], gt=0, description="Writing a checkpoint.")
+    evaluation: float | None = Field(default=LIMITS["evaluation"], gt=0, description="Held-out evaluation.")
+    export: float | None = Field(default=LIMITS["export"], gt=0, description="Export, upload and report.")
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -418,6 +454,9 @@ class RunConfig(Section):
     warm_start: WarmStartConfig | None = None
     evaluate: EvaluateConfig | None = None
     export: ExportConfig | None = None
+    watchdog: WatchdogConfig | None = Field(
+        default=None, description="When a lost or hanging rank stops the others; the defaults when unset."
+    )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of torch; torch's own choice when unset."
     )

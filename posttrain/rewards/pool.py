@@ -18,6 +18,7 @@ from posttrain.rewards import registry
 from posttrain.rewards.process import EXIT_PATIENCE_SECONDS, WorkerProcess, describe_exit, import_path
 from posttrain.rewards.registry import VerifierSpec
 from posttrain.rewards.verdict import Verdict
+from posttrain.watchdog.phases import beat
 
 WINDOW_ITEMS = 64
 WINDOW_BYTES = 1 << 20
@@ -152,6 +153,7 @@ class VerifierPool:
             return [verdict for verdict in batch.verdicts if verdict is not None]
 
     def _step(self, batch: _Batch) -> None:
+        beat()  # what hangs below has a deadline
         self._fill()
         now = time.monotonic()
         for slot in self._slots:

@@ -8,6 +8,7 @@
     RUN/failures.jsonl      errors that ended it, with the last lines of their traces
     RUN/metrics.jsonl       one object per log
     RUN/completions.jsonl   sampled completions with rewards and the status of the first reward
+    RUN/watchdog/           why a run of several processes stopped, and the stacks of its ranks
     RUN/checkpoints/        checkpoint-N folders, each complete
     RUN/finished_model/     the model, where a method changed it after the last checkpoint (SGTM)
     RUN/selection.safetensors  which weights train, where not all do
@@ -82,6 +83,11 @@ class RunDirectory:
     def failures(self) -> Path:
         """What ended it, one JSON object per error and rank."""
         return self.root / "failures.jsonl"
+
+    @property
+    def watchdog(self) -> Path:
+        """Stacks and reasons where a rank was lost."""
+        return self.root / "watchdog"
 
     @property
     def checkpoints(self) -> Path:

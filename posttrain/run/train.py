@@ -21,7 +21,7 @@ from trl import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 
 from posttrain.checkpointing.folders import newest_checkpoint
 from posttrain.config.load import resolved_yaml
-from posttrain.config.schema import RunConfig
+from posttrain.config.schema import RunConfig, WatchdogConfig
 from posttrain.config.tasks import TASKS
 from posttrain.data.length import apply_length_policy
 from posttrain.data.load import LoadedData, load_data, load_warm_start
@@ -64,6 +64,8 @@ from posttrain.run.trainers import (
 from posttrain.selection.plan import PlanError
 from posttrain.sft.s3ft import check_columns
 from posttrain.sharding import RAM_EFFICIENT
+from posttrain.watchdog import Limits, watching
+from posttrain.watchdog.phases import LIMITS, chapter
 
 
 def train(
@@ -103,7 +105,15 @@ def train(
         clear = replace if overwrite else None
         job = _Run(config, run, ranks, resume=resume, command=command, clear=clear)
         try:
-            result = job.carry_out()
+            with watching(
+                run.watchdog,
+                _limits(config),
+                rank=ranks.state.process_index,
+                world=ranks.state.num_processes,
+                checkpoints=run.checkpoints,
+                go_on="go on with --resume",
+            ):
+                result = job.carry_out()
         except BaseException as error:
             if job.described:  # a request that was refused leaves the folder as it was
                 record_end(run, error, rank=ranks.state.process_index)
@@ -111,6 +121,13 @@ def train(
         if ranks.state.is_main_process:
             write_status(run, "finished")
         return result
+
+
+def _limits(config: RunConfig) -> Limits | None:
+    section = config.watchdog or WatchdogConfig()
+    if not section.enabled:
+        return None
+    return Limits(section.silence, section.collective, {name: getattr(section, name) for name in LIMITS})
 
 
 class _Run:
@@ -134,6 +151,7 @@ class _Run:
 
     def carry_out(self) -> RunResult:
         config = self.config
+        chapter("loading")
         set_seed(self.seed)
         if (
             RAM_EFFICIENT in os.environ
@@ -164,9 +182,11 @@ class _Run:
             self.described = True
             model = self._warm_started(model, data)
             if config.s3ft is not None:
+                chapter("generation")
                 job = Rewriting(config.s3ft, model, self.tokenizer, rewards[0], self.run.s3ft, self.ranks)
                 train_rows = job.carry_out(train_rows)
             before = self._evaluated("before", 0, model, held_out, rewards)
+            chapter("loading")
             trainer = self._trainer(model, train_rows, held_out, rewards, before)
             self._train(trainer)
             self.on_main(lambda: self._keep_methods(trainer))
@@ -181,6 +201,7 @@ class _Run:
         finally:
             for reward in rewards:
                 reward.close()
+        chapter("export")
         evaluation = self.on_main(lambda: self._compared(before, after, steps))
         exported = self.on_main(lambda: self._exported(trained, train_rows))
         self.on_main(lambda: write_report(self.run.root, self.run.report))
@@ -430,6 +451,7 @@ class _Run:
         what = f"{len(rows)} {'pairs' if TASKS[self.config.task].pairs else 'problems'}"
         what += "" if TASKS[self.config.task].scores else f" x {settings.samples} samples"
         self.say(f"evaluating {when} training: {what}")
+        chapter("evaluation")
         result = evaluate_model(
             self.config,
             model,

@@ -16,6 +16,7 @@ from posttrain.kernels.head import Scored, watch_head
 from posttrain.kernels.kept import Truncation
 from posttrain.rl.formulas import aggregate, group_advantages
 from posttrain.rl.seams.reference import ReferenceSeams
+from posttrain.watchdog.phases import phase
 
 # A batch whose log-probabilities are NaN until GRPOSeams.scored.
 _POSTPONED = "posttrain/postponed"
@@ -126,10 +127,15 @@ class GRPOSeams(ReferenceSeams):
 
     # ---- seams ------------------------------------------------------------------------------------------
 
+    def _generate(self, prompts: Any) -> Any:
+        with phase("generation"):
+            return super()._generate(prompts)
+
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Any:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with phase("rewards"):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._scored = (completions, completion_ids_list, prompts)
         self._gathered_rewards = self.on_rewards(rewards)
         return self._gathered_rewards
@@ -198,7 +204,9 @@ class GRPOSeams(ReferenceSeams):
             ids, columns = args[0], args[2]
             return torch.full((len(ids), columns), torch.nan, device=ids.device), None, None
         is_old_pass = self._old_pass_is_next
-        with self._watching(model, *args[:3]):
+        # in the loss it is part of the forward
+        where = contextlib.nullcontext() if torch.is_grad_enabled() else phase("log_probs")
+        with where, self._watching(model, *args[:3]):
             result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if self._open_batch is not None:
             logps, entropies, _ = result

@@ -1,0 +1,521 @@
+"""The watchdog of a process: threads that publish its place and judge all ranks, and the way out."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from posttrain.checkpointing.folders import newest_checkpoint
+from posttrain.watchdog import phases
+from posttrain.watchdog.judging import Limits, Peer, Verdict, at_place, judge, sentence, update, whereabouts
+
+logger = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.25
+GRACE_SECONDS = 8.0
+"""How long the main thread may take to come out by itself once the run has to stop."""
+
+_BEAT_SECONDS = 1.0
+_RANKS_PER_SECOND = 64
+_INSTANCES = 0
+
+
+class RankFailure(RuntimeError):
+    """Another rank died, hung or failed; the message says which, where, and how to go on.
+
+    Attributes:
+        told: Whether the message has been printed on this machine, or is another rank's to print.
+    """
+
+    told = False
+
+
+class Watchdog:
+    """Publishes the place of this rank and judges all ranks; one per run and process.
+
+    Args:
+        folder: Where stacks and the reason of a stop are written.
+        limits: In seconds.
+        rank: This rank.
+        world: Number of ranks.
+        checkpoints: Folder of the checkpoints, to name the newest.
+        go_on: How to go on, in words.
+    """
+
+    def __init__(
+        self, folder: Path, limits: Limits, *, rank: int, world: int, checkpoints: Path, go_on: str
+    ) -> None:
+        self.folder, self.limits, self.rank, self.world = folder, limits, rank, world
+        self.checkpoints, self.go_on = checkpoints, go_on
+        self.verdict: Verdict | None = None
+        self.message = ""
+        self.told = False
+        self._main = threading.main_thread()
+        self._me = _identity(rank)
+        self._left = self._error = ""
+        self._peers: dict[int, Peer] = {}
+        self._clock = self._contact = 0.0
+        self._beat, self._lock = 0, threading.RLock()
+        self._ended = threading.Event()
+        self._warned: tuple[int, ...] | None = None
+        self._store: Any = None
+        self._address = ""
+        self._published = -1.0
+        self._stacks: Any = None
+        self._seen: tuple[int, ...] = ()
+        self._seen_at = self._armed = 0.0
+        self._hurry = threading.Event()
+        self._explaining = False
+
+    # ---- life -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to publish and to judge, in threads."""
+        if self.world > 1:
+            self._store = self._connect()
+            if self._store is None:
+                return
+            # beforehand and elsewhere: what stands still can open nothing, and the run directory may move
+            self._stacks = Path(self._me["frozen"]).open("w")  # noqa: SIM115
+            phases.mirror(Path(self._me["mirror"]))
+            threading.Thread(target=self._exchange, name="posttrain-beat", daemon=True).start()
+        threading.Thread(target=self._watch, name="posttrain-watchdog", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the threads; what was said last stays in the store."""
+        self._ended.set()
+        self._hurry.set()
+        if self._stacks is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._stacks.close()
+            Path(self._me["frozen"]).unlink(missing_ok=True)
+            Path(self._me["mirror"]).unlink(missing_ok=True)
+
+    def _connect(self) -> Any:
+        from torch.distributed import PrefixStore, TCPStore
+
+        global _INSTANCES
+        _INSTANCES += 1
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if not host or not port:
+            logger.warning("no MASTER_ADDR and MASTER_PORT: ranks that die or hang will not be named")
+            return None
+        self._address = f"{host}:{port}"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        wait = timedelta(seconds=60)
+        try:
+            store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=wait)
+        except (RuntimeError, ValueError) as error:
+            logger.warning(
+                "no store at %s (%s): ranks that die or hang will not be named", self._address, error
+            )
+            return None
+        return PrefixStore(f"posttrain/watchdog/{attempt}/{_INSTANCES}", store)
+
+    # ---- what is said -----------------------------------------------------------------------------------
+
+    def _say(self) -> dict[str, Any]:
+        place, (waiting, where) = phases.place(), _main_thread(self._main)
+        self._beat += 1
+        return {
+            **self._me,
+            "beat": self._beat,
+            "position": list(place.position),
+            "beats": phases.beats(),
+            "phase": place.phase,
+            "step": place.step,
+            "seconds": time.monotonic() - place.since,
+            "waiting": waiting,
+            "where": where,
+            "left": self._left,
+            "error": self._error,
+            "knows": self.verdict is not None,
+        }
+
+    def _exchange(self) -> None:
+        interval = max(_BEAT_SECONDS, self.world / _RANKS_PER_SECOND)
+        names = [str(rank) for rank in range(self.world)]
+        unseen = set(names)
+        while True:
+            over = self._ended.is_set()
+            try:
+                self._store.set(str(self.rank), json.dumps(self._say()))
+                self._published = time.monotonic()
+                unseen = {name for name in unseen if not self._store.check([name])}
+                known = [name for name in names if name not in unseen]
+                said = {
+                    int(n): json.loads(v) for n, v in zip(known, self._store.multi_get(known), strict=True)
+                }
+            except RuntimeError:  # the store is gone
+                with self._lock:
+                    self._contact = -1e9
+                return
+            with self._lock:
+                self._contact = self._clock
+                update(self._peers, said, self._clock)
+            if over:
+                return
+            if self._left or self.verdict:
+                self._ended.wait(0.2)
+            else:
+                self._hurry.wait(interval)
+
+    # ---- judging ----------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self._ended.wait(TICK_SECONDS):
+            now = time.monotonic()
+            # the clock stands still while the process does, so that it does not blame others for its own stop
+            self._clock += min(now - last, 4 * TICK_SECONDS)
+            last = now
+            if self._stacks is not None and self._clock - self._armed > 1:
+                self._armed = self._clock
+                faulthandler.dump_traceback_later(max(1.0, 0.7 * self.limits.silence), file=self._stacks)
+            if self.world == 1 or self._store is None:
+                self._name_slow()
+                continue
+            if self._left:
+                continue
+            with self._lock:
+                verdict = self._judge()
+            if verdict is not None:
+                self.verdict = verdict = self._precisely(verdict)
+                self._hurry.set()
+                self._end(verdict)
+                return
+
+    def _judge(self) -> Verdict | None:
+        gone = {
+            rank: not _alive(peer.said)
+            for rank, peer in self._peers.items()
+            if rank != self.rank and peer.said["machine"] == self._me["machine"]
+        }
+        return judge(self._peers, self.rank, self._clock, self.limits, gone=gone, contact=self._contact)
+
+    def _precisely(self, verdict: Verdict) -> Verdict:
+        """Take the place of a rank that is gone from its mirror: what it last said is up to a second old."""
+        if verdict.kind != "gone":
+            return verdict
+        path = Path(verdict.said["mirror"])
+        place = phases.mirrored(path)
+        for name in ("mirror", "frozen"):
+            Path(verdict.said[name]).unlink(missing_ok=True)
+        if place is None:
+            return verdict
+        said = {**verdict.said, "phase": place.phase, "step": place.step, "position": list(place.position)}
+        if said["position"] != verdict.said["position"]:
+            said["where"] = ""
+        said["seconds"] = max(0.0, time.monotonic() - place.since - verdict.seconds)
+        return replace(verdict, said=said)
+
+    def _name_slow(self) -> None:
+        """Warn once of a phase beyond its limit, where there is no other rank to wait."""
+        place = phases.place()
+        seen = (*place.position, phases.beats())
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, self._clock
+        limit = self.limits.of(place.phase)
+        if limit is None or self._clock - self._seen_at <= limit or self._warned == seen:
+            return
+        self._warned = seen
+        path = self._dump("slow")
+        said = {**self._say()}
+        logger.warning(
+            "the run has been in %s for %.0f s without getting on%s; it goes on waiting.",
+            at_place(said),
+            said["seconds"],
+            f" (the stack is in {path})" if path else "",
+        )
+
+    def _end(self, verdict: Verdict) -> None:
+        """Write stacks and the reason down, let the main thread go, and end the process where it does not."""
+        stack = None
+        if verdict.kind in ("hung", "deadlock", "silent"):
+            stack = self._dump("stack")
+            if verdict.rank not in (self.rank, -1):
+                self._await_knowledge(verdict.rank)
+                stack = self.folder / f"stack_rank{verdict.rank}.txt"
+                if verdict.kind == "silent":
+                    self._fetch_frozen(verdict.said, stack)
+        with self._lock:
+            self.message = self._text(verdict, stack)
+        self._write(verdict)
+        self._await_everyone()
+        if verdict.rank != self.rank:
+            self._ended.wait(2.0)
+        if self._stuck():
+            signal.pthread_kill(self._main.ident, signal.SIGINT)  # type: ignore[arg-type]
+        if not self._ended.wait(GRACE_SECONDS):
+            self.tell()
+            os._exit(1)
+
+    def _stuck(self) -> bool:
+        """Whether the main thread is in Python code that a signal brings out."""
+        waiting, _ = _main_thread(self._main)
+        if self._explaining or self._ended.is_set():
+            return False
+        return not waiting and self._main.is_alive() and callable(signal.getsignal(signal.SIGINT))
+
+    def _text(self, verdict: Verdict, stack: Path | None) -> str:
+        text = sentence(verdict, self._peers, self.limits, self._address)
+        if stack is not None and stack.exists() and stack.stat().st_size:
+            text += f" Its Python stack: {stack}." if verdict.rank >= 0 else f" Stacks: {self.folder}."
+        newest = newest_checkpoint(self.checkpoints)
+        kept = f"the newest checkpoint is {newest.name}" if newest else "no checkpoint was written yet"
+        return f"{text} The run stops; {kept}, {self.go_on}."
+
+    def _write(self, verdict: Verdict) -> None:
+        """Write down why the run stops, for people and tools; any rank may, they say the same."""
+        row = {
+            "kind": verdict.kind,
+            "rank": verdict.rank,
+            "seconds": round(verdict.seconds, 2),
+            "by": self.rank,
+            "last": verdict.said,
+            "message": self.message,
+        }
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"stopped_rank{self.rank}.json").write_text(json.dumps(row, indent=1) + "\n")
+
+    def _dump(self, name: str) -> Path | None:
+        path = self.folder / f"{name}_rank{self.rank}.txt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                place = phases.place()
+                file.write(
+                    f"{whereabouts(self._me)}, {at_place({**self._say()})}, position {place.position}\n"
+                )
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+        except OSError:
+            return None
+        return path
+
+    def _fetch_frozen(self, said: Mapping[str, Any], to: Path) -> None:
+        """Keep what faulthandler wrote for a process that stands still, if it is of this machine."""
+        with contextlib.suppress(OSError):
+            if said["machine"] == self._me["machine"] and Path(said["frozen"]).stat().st_size:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(said["frozen"], to)
+
+    # ---- leaving ----------------------------------------------------------------------------------------
+
+    def _await(self, done: Any, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not done() and self._contact >= 0:
+            time.sleep(0.05)
+
+    def _await_knowledge(self, rank: int) -> None:
+        """Give a rank the time to write its stack."""
+        self._await(lambda: self._peers[rank].said["knows"], 4.0)
+        time.sleep(0.3)
+
+    def _await_everyone(self) -> None:
+        """Stay until the others have seen what this rank knows: the store may end with this process."""
+
+        def seen() -> bool:
+            with self._lock:
+                others = [peer for rank, peer in self._peers.items() if rank != self.rank]
+                return all(
+                    peer.said["knows"] or peer.said["left"] or self._clock - peer.heard > 2 for peer in others
+                )
+
+        self._await(seen, 3.0)
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Return what to raise for an error of the main thread: itself, or the other rank that caused it."""
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if self._store is None:
+            return error
+        self._explaining = True
+        echo = interrupted or is_collective_error(error)
+        if self.verdict is None and echo:
+            # another's end is seen at once on this machine, elsewhere when it has been silent for long
+            patience = 2.5 if interrupted else self.limits.silence + 5
+            until = time.monotonic() + patience
+            while self.verdict is None and time.monotonic() < until:
+                try:
+                    time.sleep(0.05)
+                except KeyboardInterrupt as other:  # the launcher ends those that are left
+                    error, interrupted = other, True
+        if self.verdict is not None and echo:
+            until = time.monotonic() + 10
+            while not self.message and time.monotonic() < until:
+                with contextlib.suppress(KeyboardInterrupt):
+                    time.sleep(0.05)
+            if self.verdict.kind == "interrupted":
+                return error if interrupted else KeyboardInterrupt()
+            failure = RankFailure(self.message)
+            failure.told = not self._speaks()
+            self.told = True
+            return failure
+        from posttrain.errors import describe
+
+        self._error = describe(error)
+        self._left = "interrupted" if interrupted else "failed"
+        self._hurry.set()
+        if not interrupted:
+            self._await_everyone()
+        else:
+            said = time.monotonic()
+            self._await(lambda: self._published > said, 2.0)
+        return error
+
+    def done(self) -> None:
+        """Say that this rank has come to its end, so that nobody misses it."""
+        self._left = "done"
+        self._hurry.set()
+        if self._store is not None:
+            said = time.monotonic()
+            self._await(lambda: self._published > said, 2.0)
+
+    def _speaks(self) -> bool:
+        """Whether this rank prints for its machine: the first that is alive and not the cause."""
+        assert self.verdict is not None
+        with self._lock:
+            here = [
+                rank
+                for rank, peer in self._peers.items()
+                if peer.said["machine"] == self._me["machine"]
+                and rank != self.verdict.rank
+                and (rank == self.rank or _alive(peer.said))
+            ]
+            cause = self._peers.get(self.verdict.rank)
+        if self.verdict.kind == "failed" and cause and cause.said["machine"] == self._me["machine"]:
+            return False  # it prints its error itself
+        return not here or min(here) == self.rank
+
+    def tell(self) -> None:
+        """Print the message, from the thread that ends the process."""
+        if not self.told and self._speaks():
+            self.told = True
+            sys.stderr.write(f"stopped: {self.message}\n")
+            sys.stderr.flush()
+
+
+_CURRENT: Watchdog | None = None
+
+
+@contextlib.contextmanager
+def watching(
+    folder: Path, limits: Limits | None, *, rank: int, world: int, checkpoints: Path, go_on: str
+) -> Iterator[None]:
+    """Watch over what is done inside; within another watch, or with ``limits`` None, nothing is added.
+
+    Raises:
+        RankFailure: Another rank died, hung or failed; instead of the error that this caused here.
+    """
+    global _CURRENT
+    if limits is None or _CURRENT is not None:
+        yield
+        return
+    _CURRENT = watchdog = Watchdog(
+        folder, limits, rank=rank, world=world, checkpoints=checkpoints, go_on=go_on
+    )
+    watchdog.start()
+    try:
+        yield
+        watchdog.done()
+    except BaseException as error:
+        cause = watchdog.explain(error)
+        if cause is error:
+            raise
+        raise cause from error
+    finally:
+        _CURRENT = None
+        watchdog.stop()
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Whether an error may be the echo of what happened to another rank."""
+    from torch.distributed import DistError
+
+    words = (
+        "gloo",
+        "nccl",
+        "processgroup",
+        "connection closed by peer",
+        "connection reset by peer",
+        "broken pipe",
+    )
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
+def _identity(rank: int) -> dict[str, Any]:
+    pid, folder = os.getpid(), Path(tempfile.gettempdir())
+    return {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "pid": pid,
+        "born": _born(pid),
+        "machine": _machine(),
+        "frozen": str(folder / f"posttrain-frozen-{pid}.txt"),
+        "mirror": str(folder / f"posttrain-place-{pid}"),
+    }
+
+
+def _machine() -> str:
+    """Return what processes share that can see each other's process ids."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _born(pid: int) -> str:
+    """Return when a process started, in the kernel's ticks; empty for none, or one that is only a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in ("Z", "X") else fields[19]
+
+
+def _alive(said: Mapping[str, Any]) -> bool:
+    if said["born"]:
+        return _born(said["pid"]) == said["born"]
+    try:  # no /proc
+        os.kill(said["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _main_thread(main: threading.Thread) -> tuple[bool, str]:
+    """Return whether the main thread is inside a collective, and the innermost place outside of libraries."""
+    frame = sys._current_frames().get(main.ident or 0)
+    waiting, where = False, ""
+    for current, line in traceback.walk_stack(frame):
+        path = current.f_code.co_filename
+        if path.endswith(("distributed_c10d.py", "torch/distributed/utils.py")):
+            waiting = True
+        if not where and "site-packages" not in path and not path.startswith((_STDLIB, "<")):
+            where = f"{current.f_code.co_name} ({Path(path).name}:{line})"
+    return waiting, where
+
+
+_STDLIB = str(Path(os.__file__).parent)
