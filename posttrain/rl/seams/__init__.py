@@ -11,6 +11,7 @@ through its inputs (advantages) or is added to its result with the same divisor.
 ======================================  =======================================================
 seam                                    what is relied on
 ======================================  =======================================================
+``_generate``                           samples all completions of a batch, and nothing else
 ``_calculate_rewards``                  returns the gathered (rows of all ranks, functions) matrix
 ``_generate_and_score_completions``     row-shaped tensors in its dict reach the loss
 ``_get_per_token_logps_and_entropies``  is called first in the loss, with gradient; off-policy it is called
