@@ -40,9 +40,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from posttrain.selection.apply import is_packed_name
+from posttrain.sharding import gathered, is_split
 
 if TYPE_CHECKING:
     from posttrain.selection.apply import Selection
@@ -195,7 +195,7 @@ class WeightStream:
         with _gathered([source.parameter] if packed is None else [source.parameter, packed.values]):
             values = _full(source.parameter)
             if packed is not None and packed.composed:
-                values = packed.whole(values)
+                values = packed.whole(values, _full(packed.values))
             yield Update(name, values.shape, self._cast(values))
 
     def _part(
@@ -209,7 +209,7 @@ class WeightStream:
             )
             return
         with _gathered([packed.values]):
-            yield Update(name, shape, self._cast(packed.values.detach().to(dtype)), True, new)
+            yield Update(name, shape, self._cast(_full(packed.values).to(dtype)), True, new)
 
     def _merged(self, name: str, source: _Source) -> Iterator[Update]:
         """Yield one tensor of an adapted layer, from a copy of the layer into which PEFT merged."""
@@ -304,15 +304,12 @@ def _gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]
     return gathered
 
 
-def _full(parameter: Any) -> torch.Tensor:
-    """Return the whole tensor of a parameter that FSDP2 may have sharded; collective then."""
-    if isinstance(parameter, DTensor):
-        # an offloaded shard has to be where the ranks talk
-        local: Any = parameter.detach().to(parameter.device_mesh.device_type)
-        whole: torch.Tensor = local.full_tensor()
-        return whole
-    plain: torch.Tensor = parameter.detach()
-    return plain
+def _full(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the whole tensor of a parameter that FSDP2 may have split; collective then."""
+    if is_split(parameter):
+        # an offloaded part has to be where the ranks talk
+        parameter = parameter.detach().to(parameter.device_mesh.device_type)  # type: ignore[attr-defined]
+    return gathered(parameter)
 
 
 def _shape_and_type(source: _Source) -> tuple[torch.Size, torch.dtype]:
