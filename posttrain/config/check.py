@@ -25,6 +25,7 @@ from posttrain.config.tasks import TASKS, Task
 from posttrain.config.trainer_check import check_trainer
 from posttrain.config.trainer_fields import trainer_fields
 from posttrain.config.trainer_rules import processes
+from posttrain.config.vllm_rules import has_gpu
 from posttrain.rl import registry
 from posttrain.rollout.truncation import truncation_problem
 
@@ -190,6 +191,7 @@ def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, Any]]:
     problems += more
     if spec.generates:
         problems += _sampling(config, trainer, methods)
+        problems += _server(config, trainer)
     filled: dict[str, Any] = {"methods": methods}
     if config.selection is not None:
         more, filled["selection"] = check_selection(config.selection, config.task, trainer, adapter=adapter)
@@ -223,6 +225,25 @@ def _sampling(
     if found is not None:
         severity: Literal["error", "warning"] = "error" if found.fatal else "warning"
         yield Problem(found.message, ("trainer", found.field), severity, suggestion=found.fix)
+
+
+def _server(config: RunConfig, trainer: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield how weights cannot get to a vLLM server."""
+    serving = trainer.get("use_vllm") and trainer.get("vllm_mode") == "server"
+    on_cpu = trainer.get("use_cpu") or not has_gpu()
+    if serving and on_cpu and config.rollout.weights_dir is None:
+        yield Problem(
+            "vllm_mode: server sends weights over NCCL, which a CPU does not have",
+            ("trainer", "vllm_mode"),
+            suggestion="set rollout.weights_dir to a folder that trainer and server see",
+        )
+    if config.rollout.weights_dir is not None and not serving:
+        yield Problem(
+            "weights_dir does nothing without a vLLM server",
+            ("rollout", "weights_dir"),
+            "warning",
+            suggestion="set trainer.use_vllm: true and trainer.vllm_mode: server, or drop it",
+        )
 
 
 def _run_rules(config: RunConfig) -> Iterator[Problem]:

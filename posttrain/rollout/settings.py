@@ -16,3 +16,17 @@ class RolloutSettings(BaseModel):
         default="correct",
         description="What the loss makes of top_p, top_k and min_p, see posttrain.rollout.truncation.",
     )
+    probe_syncs: int = Field(
+        default=3, ge=0, description="Syncs after which vLLM is checked, see posttrain.rollout.verify."
+    )
+    probe_limit: float | None = Field(
+        default=None, gt=0, description="Largest mean gap then, nats per token; by type when unset."
+    )
+    weights_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="With vllm_mode: server, the folder weights go through, see posttrain.rollout.files.",
+    )
+    server_patience: float = Field(
+        default=50.0, ge=0, description="Seconds to wait for a vLLM server that was lost to come back."
+    )

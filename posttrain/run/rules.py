@@ -212,7 +212,8 @@ def rollout_gap(history: History, limits: Limits) -> tuple[str, str] | None:
         return None
     return (
         found,
-        "check that both use one precision, one temperature and no truncated sampling (top_p, top_k, min_p)",
+        "check that both compute in one type, unquantised, and at one temperature; a gap that grows means "
+        "weights that do not arrive: see posttrain/rollout/verify.py",
     )
 
 

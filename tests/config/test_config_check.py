@@ -578,3 +578,16 @@ def test_reward_models_are_looked_for_and_their_parameters_checked(problems, tmp
     assert found["rewards.0.workers"].severity == "warning"
     (tmp_path / "config.json").write_text("{}")
     assert problems(f"rewards=['model:{tmp_path}']") == {}
+
+
+def test_sampling_and_servers(problems):
+    """What :mod:`posttrain.rollout` asks of the configuration; its rules have tests of their own."""
+    found = problems("trainer.top_p=0.9", "trainer.num_iterations=2")["trainer.top_p"]
+    assert (found.severity, "after the policy has moved" in found.message) == ("error", True)
+    accepted = problems("trainer.top_p=0.9", "trainer.num_iterations=2", "rollout.truncated_sampling=accept")
+    assert accepted["trainer.top_p"].severity == "warning"
+    assert problems("trainer.top_p=0.9") == {}
+    served = ("trainer.use_vllm=true", "trainer.vllm_mode=server", "trainer.use_cpu=true")
+    assert "NCCL" in problems(*served)["trainer.vllm_mode"].message
+    assert "trainer.vllm_mode" not in problems(*served, "rollout.weights_dir=w")
+    assert problems("rollout.weights_dir=w")["rollout.weights_dir"].severity == "warning"

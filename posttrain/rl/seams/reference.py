@@ -24,7 +24,7 @@ from posttrain.adapters.reference import (
     keep_initial,
     load_beside_reference,
 )
-from posttrain.rl.seams.vllm import VLLMSeams
+from posttrain.rl.seams.server import ServerSeams
 from posttrain.sharding import gathered, is_split, rows_here
 
 # What a forward needs beside ids and mask; present for multimodal models only.
@@ -42,7 +42,7 @@ _FORWARD_KEYS = (
 )
 
 
-class ReferenceSeams(VLLMSeams):
+class ReferenceSeams(ServerSeams):
     """Keeps a reference policy beside TRL's own."""
 
     #: Whether :meth:`refresh_reference` may be called.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,11 @@ from posttrain.kernels.head import Scored, watch_head
 from posttrain.kernels.kept import Truncation
 from posttrain.rl.formulas import aggregate, group_advantages
 from posttrain.rl.seams.reference import ReferenceSeams
+from posttrain.rollout.truncation import reshapes
+from posttrain.rollout.verify import default_limit, gap_of, refuse_gap
 from posttrain.watchdog.phases import phase
+
+logger = logging.getLogger(__name__)
 
 # A batch whose log-probabilities are NaN until GRPOSeams.scored.
 _POSTPONED = "posttrain/postponed"
@@ -73,6 +78,7 @@ class GRPOSeams(ReferenceSeams):
         self._gathered_rewards: torch.Tensor | None = None
         self._old_pass_is_next = self._postponing = False
         self._scores_old_head = self._measures_kept = False
+        self._checked_syncs = 0
         self._moved: dict[str, torch.Tensor] = {}
         self._old_statistics: dict[str, torch.Tensor] = {}
         self.live_head: Scored | None = None
@@ -144,6 +150,7 @@ class GRPOSeams(ReferenceSeams):
         if self.hooked and self.mode == "train":
             self.before_generation()
         batch = self.raw_rollout(inputs)
+        self.check_sync(batch)
         self.on_sampled(batch)
         if self.hooked:
             assert self._gathered_rewards is not None
@@ -173,6 +180,50 @@ class GRPOSeams(ReferenceSeams):
         if postponed:
             batch[_POSTPONED] = True
         return batch
+
+    def check_sync(self, batch: dict[str, Any]) -> None:
+        """Compare sampler and trainer after each of the first syncs, see :mod:`posttrain.rollout.verify`.
+
+        Raises:
+            RolloutError: The engine does not sample from the trainer's weights. On every rank.
+        """
+        sync, settings = self.weight_sync, self.rollout_settings
+        if sync is None or self._checked_syncs == sync.count or sync.count > settings.probe_syncs:
+            return
+        self._checked_syncs = sync.count
+        if self.rollout_func is not None or reshapes(vars(self.args)):
+            if sync.count == 1:
+                logger.warning("what vLLM samples cannot be compared with the trainer's log-probabilities")
+            return
+        if self.vllm_importance_sampling_correction:
+            own = batch["old_per_token_logps"]
+        else:
+            self._measures_kept = self._old_pass_is_next = self.truncation is not None
+            self._scores_old_head = False
+            own = self._logps_of_batch(self.model, batch, self._rows_per_forward)
+            self._old_statistics.pop(_KEPT, None)
+        gap = gap_of(own, batch["sampling_per_token_logps"], self.loss_mask(batch))
+        device = self.accelerator.device
+        all_gaps = torch.tensor([[gap.total, gap.tokens, gap.worst]], dtype=torch.float64, device=device)
+        total, tokens, worst = self.accelerator.gather(all_gaps).unbind(dim=1)
+        if tokens.sum() == 0:
+            return
+        rank = int(torch.where(worst.isnan(), torch.inf, worst).argmax())
+        where = f"{worst[rank].item():.3g} nats"
+        if rank == self.accelerator.process_index:
+            token = int(batch["completion_ids"][gap.row, gap.column])
+            where += f" at token {gap.column} ({token}, {self._tokenizer.decode([token])!r}) of row {gap.row}"
+        dtype = sync.stream.dtype or torch.float32
+        tied = getattr(self.accelerator.unwrap_model(self.model).config, "tie_word_embeddings", False)
+        refuse_gap(
+            float(total.sum() / tokens.sum()),
+            settings.probe_limit or default_limit(dtype, device.type),
+            sync=sync.count,
+            sent=f"{sync.share:.0%} of the weights",
+            worst=f"{where} on rank {rank}",
+            dtype=dtype,
+            remedies="tie_word_embeddings: false in the model, whose head is tied; " if tied else "",
+        )
 
     @property
     def rows_may_go(self) -> bool:
