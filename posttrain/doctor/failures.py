@@ -24,6 +24,35 @@ class Known:
 
 
 KNOWN = (
+    # what the watchdog says of another rank comes first: an error of that rank stands inside it
+    Known(
+        "rank_gone",
+        r"is gone: its process ended",
+        "the system ended it (out of memory: dmesg | grep -i 'killed process'), or native code crashed",
+        "smaller batches or fewer verifier workers per process; python -X faulthandler shows a crash",
+    ),
+    Known(
+        "rank_hung",
+        r"and rank [\d, ]+ waits? for it",
+        "something in that phase does not end on one rank",
+        "read its stack under watchdog/; give the reward function a deadline, or raise that phase's limit "
+        "under "
+        "watchdog:",
+    ),
+    Known(
+        "rank_silent",
+        r"nothing was heard of rank|no longer answers",
+        "its machine or the network is down, or the whole process stands still (swapping)",
+        "look at that machine; a slow one needs a higher watchdog.silence",
+    ),
+    Known(
+        "deadlock",
+        r"all ranks have waited for each other",
+        "ranks called different collectives: a callback, reward or method that acts on one rank only, or a "
+        "cut "
+        "network",
+        "compare the stacks under watchdog/; code that computes on all ranks must run on all of them",
+    ),
     Known(
         "gpu_memory_for_vllm",
         r"less than desired GPU memory utilization|No available memory for the cache blocks",
@@ -131,6 +160,15 @@ KNOWN = (
         r"unexpected EOF",
         "a file of weights or state is cut short: a copy or download that did not end",
         "copy or download it again; of checkpoints, delete the damaged one and --resume takes the one before",
+    ),
+    Known(
+        "missing_optional",
+        r"install\W+`?(bitsandbytes|flash[_-]?attn|liger[_-]kernel)|(bitsandbytes|flash[_-]?attn|FlashAttention2?|liger[_-]kernel|deepspeed|vllm)\W.*"
+        r"(not installed|not available|not found|No module|install|requires)|No module named '(bitsandbytes|"
+        r"flash_attn|liger_kernel|deepspeed|vllm)",
+        "the setting needs a package that is not in this environment",
+        "install it, or go without: optim: adamw_torch for 8-bit optimisers, attn_implementation: sdpa for "
+        "flash attention, use_vllm: false, use_liger_kernel: false",
     ),
     Known(
         "broken_packages",

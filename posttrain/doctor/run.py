@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from posttrain.checkpointing.folders import checkpoint_folders
 from posttrain.config.tasks import TASKS
 from posttrain.doctor import history
 from posttrain.doctor.combinations import DISK_FULL
-from posttrain.doctor.failures import explain
+from posttrain.doctor.failures import Known, explain
 from posttrain.doctor.finding import Finding
 from posttrain.report.load import Run, as_dict, as_number, read_evaluation, read_metrics
 from posttrain.run.directory import RunDirectory, RunError, held, last_json_lines, read_json_object
@@ -136,6 +137,7 @@ def state_of(run: RunDirectory, logs: Run, config: dict[str, Any]) -> RunState:
     written, started = status.get("state"), str(status.get("started", ""))
     rows = last_json_lines(run.failures, 64)
     errors = tuple(row for row in rows if str(row.get("time", "")) >= started)
+    errors = errors or tuple(_stopped_by_watchdog(run, started))
     here = status.get("host") in (None, socket.gethostname())
     state: State = "unknown"
     if held(run):
@@ -166,6 +168,15 @@ def state_of(run: RunDirectory, logs: Run, config: dict[str, Any]) -> RunState:
     )
 
 
+def _stopped_by_watchdog(run: RunDirectory, started: str) -> Iterator[dict[str, Any]]:
+    """Yield what the watchdog wrote before it ended processes that could not raise any more."""
+    for path in sorted(run.watchdog.glob("stopped_rank*.json")):
+        row = read_json_object(path)
+        when = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+        if when >= started and row.get("message") and row.get("kind") != "interrupted":
+            yield {"time": when, "rank": row.get("by"), "type": "RankFailure", "error": row["message"]}
+
+
 # ---- checks -----------------------------------------------------------------------------------------------
 
 
@@ -187,10 +198,10 @@ def ending(patient: Patient) -> Iterator[Finding]:
                 f"start it again with POSTTRAIN_DEBUG=1; {left}",
             )
             return
-        error = state.errors[0]  # the first to fail takes the others down
+        error = _origin(state.errors)
         text = str(error.get("error", ""))
         known = explain(f"{error.get('type', '')}: {text}")
-        others = len({row.get("rank") for row in state.errors}) - 1
+        others = len({str(row.get("rank")) for row in state.errors}) - 1
         where = f" (rank {error.get('rank')}, and {others} more after it)" if others > 0 else ""
         cause = "see the trace in failures.jsonl" if known is None else known.cause
         advice = left if known is None else f"{known.advice}. {left[0].upper()}{left[1:]}"
@@ -227,6 +238,17 @@ def ending(patient: Patient) -> Iterator[Finding]:
         )
 
 
+def _origin(errors: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """Return the error that took the others down: the first that is not about another rank."""
+    own = (row for row in errors if row.get("type") not in ("RankFailure", "DistBackendError"))
+    found = list(own)
+    broken = [row for row in found if (explain(str(row.get("error"))) or _NONE).name != "collective_timeout"]
+    return (broken or found or list(errors))[0]
+
+
+_NONE = Known("", "", "", "")
+
+
 def silence(patient: Patient) -> Iterator[Finding]:
     """A running run that says nothing any more."""
     if patient.state.state != "running":
@@ -242,13 +264,15 @@ def silence(patient: Patient) -> Iterator[Finding]:
     seconds = [row["seconds"] for _, row in patient.logs.metrics if "seconds" in row]
     gaps = [after - before for before, after in itertools.pairwise(seconds) if after > before]
     usual = statistics.median(gaps) if gaps else SILENT_SECONDS / SILENT_FACTOR
+    stacks = patient.run.watchdog if any(patient.run.watchdog.glob("*.txt")) else None
     if quiet > max(SILENT_SECONDS, SILENT_FACTOR * usual):
         yield Finding(
             "silent",
             "warning",
             f"the run has not logged for {quiet / 60:.0f} min; {usual:.3g} s between two logs were usual",
             "a rank that waits for another, a verifier without a deadline, a download, or a long evaluation",
-            "py-spy dump --pid PID of each process shows where it stands; after ending it, --resume goes on",
+            (f"stacks are in {stacks}; " if stacks else "")
+            + "py-spy dump --pid PID of each process shows where it stands; end it, and --resume goes on",
             patient.state.steps,
         )
 
@@ -386,6 +410,16 @@ def damaged_files(patient: Patient) -> Iterator[Finding]:
             "delete that folder: --resume takes the one before"
             if kept
             else "posttrain export RUN writes it anew",
+        )
+    newest = checkpoints[-1] if checkpoints else None
+    if newest and patient.state.state != "finished" and not any(newest.glob("posttrain_state_*.pt")):
+        yield Finding(
+            "inexact_resume",
+            "note",
+            f"{newest} holds no state of methods and rollouts",
+            "trainer.save_only_model, or it was written by TRL alone",
+            "a resume begins there with a new optimiser or new rollouts; drop save_only_model to resume "
+            "exactly",
         )
     if patient.state.state in ("failed", "killed") and (patient.run.checkpoints / "_saving").is_dir():
         yield Finding(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,12 @@ from typing import Any
 
 import yaml
 
+from posttrain.run.directory import json_object
+
 FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl", "evaluation.json")
 SHOWN_STEPS = 6
 SHOWN_PER_STEP = 3
+_STEP = re.compile(rb'\{"step": (\d{1,15}), .*\}\n\Z', re.DOTALL)  # as our own lines begin and end
 
 
 @dataclass
@@ -108,11 +112,18 @@ def as_dict(value: Any) -> dict[str, Any]:
 
 
 def _read_text(run: Run, name: str) -> str:
-    path = run.path / name
-    if not path.exists():
-        run.notes.append(f"{name} is missing.")
+    try:
+        return (run.path / name).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        run.notes.append(_unreadable(name, error))
         return ""
-    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _unreadable(name: str, error: OSError) -> str:
+    """Return the note for a file that is not there, or is there and cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return f"{name} is missing."
+    return f"{name} cannot be read ({error.strerror}); it is left out."
 
 
 def _read_json(run: Run, name: str) -> dict[str, Any]:
@@ -207,7 +218,9 @@ def _read_completions(run: Run) -> list[dict[str, Any]]:
             for step in sorted(picked):
                 for offset in places[step][:SHOWN_PER_STEP]:
                     file.seek(offset)
-                    rows.append(json.loads(file.readline().decode("utf-8", errors="replace")))
+                    kept = json_object(file.readline())
+                    if kept is not None:
+                        rows.append(kept)
     return rows
 
 
@@ -217,23 +230,21 @@ def _json_lines(run: Run, name: str) -> list[tuple[int, dict[str, Any]]]:
     Completions are cut down to their step here, so that a large file does not fill the memory.
     """
     path = run.path / name
-    if not path.exists():
-        run.notes.append(f"{name} is missing.")
-        return []
     rows: list[tuple[int, dict[str, Any]]] = []
     damaged: list[int] = []
     offset = number = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line.decode("utf-8", errors="replace")) if line.strip() else None
-            except (ValueError, RecursionError):  # also integers of thousands of digits, and deep nesting
-                row = ()
-            if isinstance(row, dict):
-                rows.append((offset, {"step": row.get("step")} if name == "completions.jsonl" else row))
-            elif row is not None:
-                damaged.append(number)
-            offset += len(line)
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                row = _row(line, steps_only=name == "completions.jsonl")
+                if row is not None:
+                    rows.append((offset, row))
+                elif line.strip():
+                    damaged.append(number)
+                offset += len(line)
+    except OSError as error:
+        run.notes.append(_unreadable(name, error))
+        return []
     if damaged and damaged[-1] == number:
         run.notes.append(f"{name}: the last line is incomplete (stopped while writing); it is left out.")
         damaged.pop()
@@ -242,6 +253,14 @@ def _json_lines(run: Run, name: str) -> list[tuple[int, dict[str, Any]]]:
     if not rows:
         run.notes.append(f"{name} holds no complete line.")
     return rows
+
+
+def _row(line: bytes, *, steps_only: bool) -> dict[str, Any] | None:
+    """Return the object of a line, or None; of a completion only its step, without parsing the text."""
+    if steps_only and (match := _STEP.match(line)):
+        return {"step": int(match[1])}
+    row = json_object(line)
+    return {"step": row.get("step")} if row is not None and steps_only else row
 
 
 def as_number(value: Any) -> Any:

@@ -147,6 +147,15 @@ FAILURES = {
     "adapter_targets": ValueError("Target modules {'q'} not found in the base model."),
     "no_gradient": RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn"),
     "hub_access": OSError("couldn't connect to 'https://huggingface.co' to load the files"),
+    "missing_optional": ImportError(
+        "You need to install `bitsandbytes` in order to use bitsandbytes optimizers"
+    ),
+    "rank_gone": RuntimeError("rank 1 (host a, pid 3) is gone: its process ended without a word (killed)"),
+    "rank_hung": RuntimeError(
+        "rank 1 (host a, pid 3) has been in 'rewards' for 99 s, and rank 0 waits for it."
+    ),
+    "rank_silent": RuntimeError("nothing was heard of rank 1 (host a, pid 3) for 20 s."),
+    "deadlock": RuntimeError("all ranks have waited for each other for 900 s: rank 0"),
     "tracker_login": RuntimeError("wandb: api_key not configured (no-tty). call wandb login"),
     "broken_packages": ImportError("cannot import name 'x' from 'trl'"),
     "columns": KeyError("answer"),
@@ -191,6 +200,40 @@ def test_the_first_rank_that_failed_is_the_one_to_read(tmp_path):
     (found,) = examine(run.root)[1]
     assert found.name == "out_of_memory"
     assert "(rank 3, and 1 more after it)" in found.found
+
+
+def test_the_rank_with_an_error_of_its_own_is_the_cause(tmp_path):
+    """Others that report it, or see a broken connection, may write theirs first."""
+    run = make(tmp_path / "run", status__json=None)
+    write_status(run, "running")
+    record_end(
+        run, type("RankFailure", (RuntimeError,), {})("rank 1 failed in 'rewards': out of memory"), rank=0
+    )
+    record_end(run, RuntimeError("Connection closed by peer [127.0.0.1]"), rank=2)
+    record_end(run, MemoryError(), rank=1)
+    (found,) = examine(run.root)[1]
+    assert (found.name, found.found) == ("out_of_memory", "MemoryError (rank 1, and 2 more after it)")
+
+
+def test_what_the_watchdog_wrote_stands_for_errors_that_could_not_be_raised(tmp_path):
+    run = make(tmp_path / "run", status__json=None)
+    write_status(run, "running")
+    run.watchdog.mkdir()
+    text = "rank 1 (host a, pid 9) has been in 'rewards' of step 7 for 99 s, and rank 0 waits for it."
+    (run.watchdog / "stopped_rank0.json").write_text(json.dumps({"kind": "hung", "by": 0, "message": text}))
+    (run.watchdog / "stopped_rank1.json").write_text("{")
+    state, (found,) = examine(run.root)
+    assert (state.state, found.name, found.found) == ("failed", "rank_hung", text)
+    os.utime(run.watchdog / "stopped_rank0.json", (0, 0))  # of an earlier start
+    assert [row.name for row in examine(run.root)[1]] == ["run_killed"]
+
+
+def test_a_checkpoint_without_our_state_is_named(tmp_path):
+    run = make(tmp_path / "run", status__json=json.dumps({"state": "stopped"}))
+    adapter(run.checkpoints / "checkpoint-12", moved=3)
+    assert names(run.root).keys() == {"run_stopped", "inexact_resume"}
+    (run.checkpoints / "checkpoint-12" / "posttrain_state_0.pt").touch()
+    assert names(run.root).keys() == {"run_stopped"}
 
 
 def test_errors_from_before_a_resume_are_past(tmp_path):
