@@ -142,10 +142,11 @@ def train(
     The configuration is checked first; every mistake is reported before anything is loaded. Everything the
     run writes lies in its run_dir. Several processes: accelerate launch -m posttrain train CONFIG.yaml.
     """
-    with reported_errors("go on with --resume"):
+    with reported_errors("go on with --resume") as hints:
         if resume and overwrite:
             request_error("--resume goes on with a run and --overwrite replaces it: give one of them")
         run_config = load_config(config, overrides)
+        hints.append(f"posttrain doctor {run_config.run_dir} says what to try")
         from posttrain.run.train import train as carry_out
 
         with answers(as_json):

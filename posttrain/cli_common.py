@@ -57,7 +57,7 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 
 
 @contextmanager
-def reported_errors(go_on: str = "") -> Iterator[None]:
+def reported_errors(go_on: str = "") -> Iterator[list[str]]:
     """Turn what went wrong into a message and an exit code; tracebacks are for ``POSTTRAIN_DEBUG=1``.
 
     A request that cannot be carried out as it stands (configuration, data, model path, run directory) ends
@@ -65,12 +65,16 @@ def reported_errors(go_on: str = "") -> Iterator[None]:
 
     Args:
         go_on: What to do after an interruption or when the disk was full.
+
+    Yields:
+        Where to add what else helps after a failure.
     """
+    hints = ["POSTTRAIN_DEBUG=1 shows where"]
     debug = bool(os.environ.get("POSTTRAIN_DEBUG"))
     in_main_thread = threading.current_thread() is threading.main_thread()
     earlier = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
-        yield
+        yield hints
     except typer.Exit:
         raise
     except KeyboardInterrupt as interrupt:
@@ -92,9 +96,7 @@ def reported_errors(go_on: str = "") -> Iterator[None]:
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = f"\nThe disk is full: free space, then {go_on}" if full and go_on else ""
-        stderr().print(
-            f"failed{rank}: {describe(error)}{hint}\n(POSTTRAIN_DEBUG=1 shows where)", markup=False
-        )
+        stderr().print(f"failed{rank}: {describe(error)}{hint}\n({'; '.join(hints)})", markup=False)
         raise typer.Exit(1) from None
     finally:
         if in_main_thread:

@@ -162,8 +162,19 @@ KNOWN = (
         "copy or download it again; of checkpoints, delete the damaged one and --resume takes the one before",
     ),
     Known(
+        "nothing_changed",
+        r"changes no weight|have the same weights: nothing to write",
+        "training left every weight as it was: no gradient, a learning rate of 0, or updates smaller than "
+        "the "
+        "spacing of 16-bit numbers",
+        "see grad_norm and learning_rate in metrics.jsonl; model.dtype: float32 with trainer.bf16: true, a "
+        "higher "
+        "learning rate, or an adapter",
+    ),
+    Known(
         "missing_optional",
-        r"install\W+`?(bitsandbytes|flash[_-]?attn|liger[_-]kernel)|(bitsandbytes|flash[_-]?attn|FlashAttention2?|liger[_-]kernel|deepspeed|vllm)\W.*"
+        r"install\W+`?(bitsandbytes|flash[_-]?attn|liger[_-]kernel)|(bitsandbytes|flash[_-]?attn|"
+        r"FlashAttention2?|liger[_-]kernel|deepspeed|vllm)\W.*"
         r"(not installed|not available|not found|No module|install|requires)|No module named '(bitsandbytes|"
         r"flash_attn|liger_kernel|deepspeed|vllm)",
         "the setting needs a package that is not in this environment",

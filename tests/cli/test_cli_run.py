@@ -176,6 +176,7 @@ def test_a_verifier_that_always_fails_stops_the_evaluation_before(config, tmp_pa
     assert "no such column" in result.stderr
     assert result.stderr.count("Traceback") == 0
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert f"posttrain doctor {tmp_path / 'run'} says what to try)" in result.stderr
     told = json.loads(posttrain("doctor", tmp_path / "run", "--json", code=1).stdout)
     assert (told["run"]["state"], told["findings"][0]["name"]) == ("failed", "verifier_failure")
     assert "no such column" in told["findings"][0]["found"]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -189,6 +190,40 @@ def test_the_command_shows_this_machine_and_no_token(monkeypatch):
     assert secret not in done.stdout + shown.stdout
     errors = [row for row in told["findings"] if row["severity"] == "error"]
     assert done.exit_code == shown.exit_code == (1 if errors else 0)
+
+
+def test_cards_are_read(monkeypatch, tmp_path):
+    """What torch and the driver say of two cards; both are stand-ins."""
+    import torch
+
+    card = SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
+    stand_in = {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "get_arch_list": lambda: ["sm_80", "sm_90"],
+        "get_device_properties": lambda index: card,
+        "mem_get_info": lambda index: (79 * 2**30, 80 * 2**30),
+        "can_device_access_peer": lambda one, other: (one, other) != (1, 0),
+    }
+    for name, value in stand_in.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nprintf '580.65.06, NVIDIA H100\\n580.65.06, NVIDIA H100\\n'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    found = machine.look()
+    assert found.gpus == [H100, H100]
+    assert (found.torch_build, found.driver, found.peers) == ("cuda 13.0", "580.65.06", False)
+    assert found.driver_gpus == ["NVIDIA H100"] * 2
+    assert "no_peer_access" in {row.name for row in judge(found)}
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda index: (_ for _ in ()).throw(RuntimeError("CUDA error"))
+    )
+    assert "the card is lost" in next(
+        row.cause for row in judge(machine.look()) if row.name == "broken_import"
+    )
 
 
 def test_exit_code_one_with_an_error(monkeypatch):

@@ -147,6 +147,7 @@ FAILURES = {
     "adapter_targets": ValueError("Target modules {'q'} not found in the base model."),
     "no_gradient": RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn"),
     "hub_access": OSError("couldn't connect to 'https://huggingface.co' to load the files"),
+    "nothing_changed": RuntimeError("the merge changes no weight; the adapter is all zeros"),
     "missing_optional": ImportError(
         "You need to install `bitsandbytes` in order to use bitsandbytes optimizers"
     ),
