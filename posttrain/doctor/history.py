@@ -21,7 +21,8 @@ FEWEST = 4
 """Logs below which nothing is said about the course of a number."""
 
 SPIKE = 10.0
-"""Multiple of the usual gradient norm (or distance of the loss in its usual spread) that is a spike."""
+"""Multiple of the usual gradient norm that is a spike, where that is above max_grad_norm (1 when unset);
+of the loss, multiple of its usual spread."""
 
 _CAUSES = {
     "entropy_collapse": "the policy has settled on one way of answering, which more steps only confirm",
@@ -80,6 +81,8 @@ def course(logs: Logs) -> list[Finding]:
     hidden = {"dead_groups", "unreadable_answers"} if "constant_reward" in names else set()
     if names & {"not_finite", "learning_rate_zero", "constant_reward"}:
         hidden.add("no_gradient")
+    if "dead_groups" in names:  # they have none; a gradient that is always zero is more than that
+        found = [row for row in found if row.name != "no_gradient" or row.severity == "error"]
     return [finding for finding in found if finding.name not in hidden]
 
 
@@ -169,7 +172,7 @@ def learning_rate(logs: Logs) -> Iterator[Finding]:
     if not rates:
         return
     highest, asked = max(rate for _, rate in rates), logs.setting("learning_rate")
-    if highest < 1e-12:
+    if highest < 1e-12 and len(rates) > 1:  # the first step of a warm-up has 0
         yield Finding(
             "learning_rate_zero",
             "error",
@@ -226,15 +229,14 @@ def no_gradient(logs: Logs) -> Iterator[Finding]:
 
 def spikes(logs: Logs) -> Iterator[Finding]:
     """Single steps far outside of what is usual."""
-    norms = logs.values("grad_norm")
+    norms, clip = logs.values("grad_norm"), logs.setting("max_grad_norm")
     found: list[tuple[int, float, float]] = []
     for index, (step, value) in enumerate(norms):
         before = [norm for _, norm in norms[max(0, index - 20) : index] if norm > 0]
-        if len(before) >= 5 and value > SPIKE * statistics.median(before):
+        if len(before) >= 5 and value > max(SPIKE * statistics.median(before), clip or 1.0):
             found.append((step, value, statistics.median(before)))
     if found:
         step, value, usual = max(found, key=lambda row: row[1] / row[2])
-        clip = logs.setting("max_grad_norm")
         held = f"; max_grad_norm {clip:g} limits what it did" if clip else ""
         yield Finding(
             "gradient_spike",

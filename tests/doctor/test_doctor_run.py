@@ -77,6 +77,14 @@ def test_a_good_course_has_no_findings():
     assert course(Logs([])) == []
 
 
+def test_what_looks_wrong_and_is_not():
+    assert course(logs(({"learning_rate": 0.0}, 1))) == []  # the first step of a warm-up
+    assert course(logs(({"grad_norm": 0.01}, 8), ({"grad_norm": 0.3}, 1), ({"grad_norm": 0.01}, 3))) == []
+    # groups without spread have no gradient; that is said once
+    found = course(logs(({}, 2), ({"grad_norm": 0.0, "frac_reward_zero_std": 0.9}, 12)))
+    assert [row.name for row in found] == ["dead_groups"]
+
+
 def test_every_rule_has_a_cause():
     assert history._CAUSES.keys() == RULES.keys()
 
