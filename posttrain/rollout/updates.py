@@ -21,6 +21,11 @@ The base is never touched
     merges into the copy, so whatever PEFT can merge (LoRA, rsLoRA, DoRA, LoHa, OFT, ...) is right by its own
     definition, and the base stays bit-identical.
 
+Why not A and B alone
+    vLLM can serve adapters, which would be less to send. It then multiplies by A and B at every token, takes
+    ranks and layers of its choice, and neither DoRA nor ``modules_to_save`` nor other adapters; and where
+    engine and trainer share a process, nothing crosses a wire. What is sent is what changes in the engine.
+
 Sharded weights
     A tensor of ZeRO-3 or FSDP2 is gathered for as long as it is in the consumer's hands; of an adapted layer,
     the tensors of that layer. Gathering is collective: every rank has to go through the whole stream.
