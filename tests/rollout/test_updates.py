@@ -169,6 +169,26 @@ def test_a_composed_selection_leaves_with_its_values_in() -> None:
     same(engine_tensors, plain_weights(model))
 
 
+@pytest.mark.parametrize("backend", ["packed", "composed", "masked"])
+def test_selected_scalars_of_an_adapter_leave_merged(backend: str) -> None:
+    """The copy that PEFT merges into must not take the original's values for written."""
+    model = get_peft_model(small_model(), copy.deepcopy(ADAPTERS["lora"]))
+    with torch.no_grad():  # B starts at 0: A would not be seen
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    selection = apply(model, RandomMask(budget=0.3).select(model), backend)
+    engine = Engine(WeightStream(model, lambda: selection))
+    for seed in range(2):
+        step(model, seed=seed)
+        engine.sync()
+        found = dict(engine.tensors)
+        state = selection.plain(model.state_dict())
+        other = get_peft_model(small_model(), copy.deepcopy(ADAPTERS["lora"]))
+        other.load_state_dict(state)
+        same(found, merged(other))
+
+
 def test_frozen_halves_are_not_sent() -> None:
     model = small_model()
     plan = HFT().select(model)

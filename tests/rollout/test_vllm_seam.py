@@ -78,13 +78,15 @@ def generating(trainer: GRPOTrainer) -> list[float]:
 
     def generate(prompts: Any, num_generations: int, **_: Any) -> tuple[Any, ...]:
         ids = [[5 + (i * t) % 9 for t in range(1, 5)] for i in range(len(prompts))]
+        told, own = [], []
         with torch.no_grad():
-            logps = [
-                model(torch.tensor(ids)).logits.log_softmax(-1)
-                for model in (generation.llm.model, trainer.model)
-            ]
-        gaps.append((logps[0] - logps[1]).abs().max().item())
-        return None, ids, [[[0.0] for _ in row] for row in ids], None
+            for prompt, answer in zip(prompts, ids, strict=True):
+                for model, into in ((generation.llm.model, told), (trainer.model, own)):
+                    logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+                    at = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
+                    into.append(logps[at, torch.tensor(answer)])
+        gaps.append(max((a - b).abs().max().item() for a, b in zip(told, own, strict=True)))
+        return None, ids, [[[value] for value in row.tolist()] for row in told], None
 
     generation.generate = generate
     return gaps
