@@ -46,6 +46,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         peft_config=LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"]),
     )
     trainer.train()
+    trainer.end_rollouts()
     logs = [row for row in trainer.state.log_history if "reward" in row]
     return {
         "mode": str(trainer.accelerator.distributed_type.value),

@@ -130,8 +130,15 @@ class VLLMSeams(BatchSeams):
         generation: Any = getattr(self, "vllm_generation", None)
         if generation is None or getattr(generation, "llm", None) is None:
             return
+        from vllm.distributed import parallel_state
+
         generation.llm.llm_engine.engine_core.engine_core.model_executor.shutdown()
         generation.llm = None
+        # vLLM's own groups, whose threads abort a process that ends with them; the trainer's stays
+        parallel_state.destroy_model_parallel()
+        if parallel_state._WORLD is not None:
+            parallel_state._WORLD.destroy()
+            parallel_state._WORLD = None
         gc.unfreeze()  # vLLM froze what was there when it started
         gc.collect()
         empty_cache()
