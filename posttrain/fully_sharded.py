@@ -28,6 +28,7 @@ from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from peft import PeftModel
 from transformers import Trainer
 
+from posttrain.partitioned import is_partitioned, next_trainer, put_together
 from posttrain.sharding import RAM_EFFICIENT, ShardingError, gathered, same_everywhere
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,9 @@ class FullySharded(Trainer):
         """Make the accelerator.
 
         Raises:
-            ShardingError: FSDP is asked for and is not what runs, or methods are to run on FSDP1.
+            ShardingError: FSDP or DeepSpeed is asked for and is not what runs, or methods meet FSDP1.
         """
+        next_trainer()
         super().create_accelerator_and_postprocess()
         if RAM_EFFICIENT in os.environ:  # the plugin has written it
             os.environ[RAM_EFFICIENT] = "false"
@@ -62,6 +64,14 @@ class FullySharded(Trainer):
             raise ShardingError(
                 f"FSDP is asked for, and accelerate runs {kind} instead: it shards on GPUs only, and between "
                 "several processes. On this machine use DDP, or DeepSpeed, which shards on CPUs too."
+            )
+        wanted = bool(self.args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+        if wanted and not self.is_deepspeed_enabled:
+            kind = self.accelerator.distributed_type.value
+            raise ShardingError(
+                f"DeepSpeed is asked for, and accelerate runs {kind} instead: leave out deepspeed in the "
+                "arguments, and launch with accelerate launch --config_file configs/accelerate/zero2.yaml "
+                "(cpu_zero2.yaml without a GPU)"
             )
         if not self.is_fsdp_enabled or not self._active:
             return
@@ -94,11 +104,14 @@ class FullySharded(Trainer):
             plugin.set_state_dict_type("SHARDED_STATE_DICT")
 
     def plain_model(self) -> Any:
-        """Return the model without wrappers; what FSDP2 has sharded is put together, on every rank.
+        """Return the model without wrappers; what is sharded is put together, on every rank. Collective.
 
-        That is another model then, in the types that the weights had before training. Collective.
+        Under FSDP2 that is another model then, in the types that the weights had before training; under
+        ZeRO-3 the engine cannot go on.
         """
         policy: Any = self.accelerator.unwrap_model(self.model)
+        if is_partitioned(policy) and self.model_wrapped is not policy:
+            put_together(policy, self.model_wrapped)
         if self._skeleton is None:
             return policy
         bones, self._skeleton = self._skeleton, None

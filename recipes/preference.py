@@ -4,7 +4,7 @@
 
 Same numbers as ``posttrain train configs/preference/dpo_stories.yaml`` for the same steps. Left out, because
 the verb does it around the training: the run directory with its logs, checkpoints and --resume, the manifest,
-the model card, the report, several processes. The data are those of the project's shared folder beside the
+the model card, the report. The data are those of the project's shared folder beside the
 checkout; put your own file with prompt, chosen and rejected in --data.
 """
 
@@ -85,9 +85,10 @@ trainer = DPOTrainer(
     methods=[],  # 'posttrain methods' lists them: RPO(), FlexDPO(), SparsePO(), ...
 )
 trainer.train()
+trained = trainer.plain_model()  # whole, also where DeepSpeed or FSDP2 sharded it
 
 after = evaluate_preferences(
-    trainer.model,
+    trained,
     tokenizer,
     held_out,
     settings,
@@ -96,9 +97,9 @@ after = evaluate_preferences(
     **measure,
 )
 judge.close()
-print_table({"before": before, "after": after}, Console())
+if trainer.accelerator.is_main_process:  # accelerate launch starts several
+    print_table({"before": before, "after": after}, Console())
 
-export = export_model(trainer.model, tokenizer, options.out / "export", probe_texts=train[:4]["prompt"])
-print(
-    f"exported to {export.folder}; reloaded logits differ by at most {export.comparison.max_difference:.2g}"
-)
+    export = export_model(trained, tokenizer, options.out / "export", probe_texts=train[:4]["prompt"])
+    print(f"exported to {export.folder}; reloaded logits differ by {export.comparison.max_difference:.2g}")
+trainer.accelerator.end_training()

@@ -4,7 +4,7 @@
 
 Same numbers as ``posttrain train configs/reward/stories.yaml`` for the same steps. Left out, because the
 verb does it around the training: the run directory with its logs, checkpoints and --resume, the manifest,
-the model card, the report, several processes. The data are those of the project's shared folder beside the
+the model card, the report. The data are those of the project's shared folder beside the
 checkout; put your own file with prompt, chosen and rejected in --data.
 """
 
@@ -62,15 +62,16 @@ trainer = RewardTrainer(
     processing_class=tokenizer,
 )
 trainer.train()
-after = evaluate_scorer(trainer.model, tokenizer, held_out, settings)
-print_table({"before": before, "after": after}, Console())
+trained = trainer.plain_model()  # whole, also where DeepSpeed or FSDP2 sharded it
+after = evaluate_scorer(trained, tokenizer, held_out, settings)
+if trainer.accelerator.is_main_process:  # accelerate launch starts several
+    print_table({"before": before, "after": after}, Console())
 
-export = export_model(trainer.model, tokenizer, options.out / "export", probe_texts=train[:4]["prompt"])
-print(
-    f"exported to {export.folder}; reloaded logits differ by at most {export.comparison.max_difference:.2g}"
-)
+    export = export_model(trained, tokenizer, options.out / "export", probe_texts=train[:4]["prompt"])
+    print(f"exported to {export.folder}; reloaded logits differ by {export.comparison.max_difference:.2g}")
 
-# As rewards: ["model:runs/recipe_reward/export"] in a configuration, or as a function for any trainer
-reward = ModelReward(options.out / "export")
-texts = [" They played and hugged.", " He was sad and cried."]
-print(reward(prompts=["Tom saw a big frog in the park."] * 2, completions=texts))
+    # As rewards: ["model:runs/recipe_reward/export"] in a configuration, or as a function for any trainer
+    reward = ModelReward(options.out / "export")
+    texts = [" They played and hugged.", " He was sad and cried."]
+    print(reward(prompts=["Tom saw a big frog in the park."] * 2, completions=texts))
+trainer.accelerator.end_training()

@@ -4,7 +4,7 @@
 
 Same numbers as ``posttrain train configs/rlvr/quickstart.yaml`` for the same steps. Left out, because the
 verb does it around the training: the run directory with its logs, checkpoints and --resume, the manifest, the
-model card, the report, several processes.
+model card, the report.
 """
 
 import argparse
@@ -99,14 +99,15 @@ trainer = GRPOTrainer(
     methods=[ACE(alpha=1.0)],
 )
 trainer.train()
+trained = trainer.plain_model()  # whole, also where DeepSpeed or FSDP2 sharded it
 
-after = evaluate(trainer.model, tokenizer, held_out, reward.verify, settings, max_new_tokens=8)
+after = evaluate(trained, tokenizer, held_out, reward.verify, settings, max_new_tokens=8)
 reward.close()
-print_table({"before": before, "after": after}, Console())
-change = compare(before, after).metrics["pass@1"]
-print(f"pass@1 changed by {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]")
+if trainer.accelerator.is_main_process:  # accelerate launch starts several
+    print_table({"before": before, "after": after}, Console())
+    change = compare(before, after).metrics["pass@1"]
+    print(f"pass@1 changed by {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]")
 
-export = export_model(trainer.model, tokenizer, options.out / "export", probe_texts=train[:4]["prompt"])
-print(
-    f"exported to {export.folder}; reloaded logits differ by at most {export.comparison.max_difference:.2g}"
-)
+    export = export_model(trained, tokenizer, options.out / "export", probe_texts=train[:4]["prompt"])
+    print(f"exported to {export.folder}; reloaded logits differ by {export.comparison.max_difference:.2g}")
+trainer.accelerator.end_training()

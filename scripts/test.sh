@@ -7,6 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
 cd "$ROOT"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+export PATH="$VENV/bin:$PATH" # DeepSpeed looks for ninja there
 if [ "$#" -eq 0 ]; then
   "$VENV/bin/ruff" format --check .
   "$VENV/bin/ruff" check .

@@ -30,6 +30,7 @@ from posttrain.data.prompts import render
 from posttrain.evaluation.results import Evaluation, compare
 from posttrain.models.adapter import build_peft_config
 from posttrain.models.load import is_untrained, load_model
+from posttrain.partitioned import whole_models
 from posttrain.preference.lists import ListError
 from posttrain.report import write_report
 from posttrain.rewards.pool import VerifierStartError
@@ -166,7 +167,8 @@ class _Run:
                     self.say(f"data: {note}")
             rewards = self._rewards(data)
             self.args, self.warm_args = self._arguments(rewards), self._warm_start_arguments()
-            model, self.tokenizer = start_model(config, self.seed)
+            with whole_models():
+                model, self.tokenizer = start_model(config, self.seed)
             self._peft_config(model)
             train_rows, _ = self._prepare("training", data.train, model)
             held_out, longest = (None, 0)
@@ -184,8 +186,10 @@ class _Run:
             if config.s3ft is not None:
                 chapter("generation")
                 job = Rewriting(config.s3ft, model, self.tokenizer, rewards[0], self.run.s3ft, self.ranks)
-                train_rows = job.carry_out(train_rows)
-            before = self._evaluated("before", 0, model, held_out, rewards)
+                with whole_models():
+                    train_rows = job.carry_out(train_rows)
+            with whole_models():
+                before = self._evaluated("before", 0, model, held_out, rewards)
             chapter("loading")
             trainer = self._trainer(model, train_rows, held_out, rewards, before)
             self._train(trainer)
@@ -304,10 +308,9 @@ class _Run:
             self._keep_model(trainer, run.model)
         # read back: the policy then has an address, which adapters, references and cards refer to
         path = str(run.model.resolve())
-        model, _ = load_model(
-            config.model.model_copy(update={"path": path, "tokenizer": None, "revision": None})
-        )
-        return model
+        settings = config.model.model_copy(update={"path": path, "tokenizer": None, "revision": None})
+        with whole_models():
+            return load_model(settings)[0]
 
     def _keep_methods(self, trainer: Any) -> None:
         """Write down what methods trained beside the model, and what they show of a few responses."""

@@ -24,6 +24,7 @@ from posttrain.adapters.reference import (
     keep_initial,
     load_beside_reference,
 )
+from posttrain.partitioned import is_partitioned
 from posttrain.rl.seams.server import ServerSeams
 from posttrain.sharding import gathered, is_split, rows_here
 
@@ -61,7 +62,7 @@ class ReferenceSeams(ServerSeams):
             return
         if self.beta != 0.0:
             return
-        reference = _partitioned_copy(policy) if _is_partitioned(policy) else copy.deepcopy(policy)
+        reference = _partitioned_copy(policy) if is_partitioned(policy) else copy.deepcopy(policy)
         reference.__dict__.pop("forward", None)  # TRL's patched forward belongs to the policy
         if self.args.disable_dropout:
             disable_dropout_in_model(reference)
@@ -193,11 +194,6 @@ class ReferenceSeams(ServerSeams):
                 **{key: batch[key] for key in _FORWARD_KEYS if key in batch},
             )
         return logps
-
-
-def _is_partitioned(model: torch.nn.Module) -> bool:
-    """Whether DeepSpeed ZeRO-3 cut the parameters up as it loaded them."""
-    return any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
 
 
 def _partitioned_copy(model: Any) -> Any:
