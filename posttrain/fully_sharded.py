@@ -86,6 +86,13 @@ class FullySharded(Trainer):
             logger.info("what the model returns is not rounded to %s, for %s", policy.output_dtype, names)
             plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimiser, without empty groups: a sharded checkpoint forgets their settings."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.is_fsdp_enabled:
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_fsdp_enabled and self.accelerator.is_fsdp2 and self.model is self.model_wrapped:
             self._skeleton = skeleton(self.model)

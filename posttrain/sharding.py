@@ -19,6 +19,15 @@ def is_split(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def forward_dtype() -> torch.dtype | None:
+    """Return the type to which FSDP2 casts weights while a forward has them together; None for their own."""
+    from accelerate.state import AcceleratorState
+
+    policy = getattr(AcceleratorState._shared_state.get("fsdp_plugin"), "mixed_precision_policy", None)
+    dtype: torch.dtype | None = getattr(policy, "param_dtype", None)
+    return dtype
+
+
 def rows_here(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return the rows that this rank holds, which share the tensor's memory, and the number of the first.
 
@@ -42,7 +51,12 @@ def rows_here(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """Return all rows, without gradient. Collective where the tensor is split."""
-    return tensor.detach().full_tensor() if is_split(tensor) else tensor.detach()  # type: ignore[attr-defined]
+    if not is_split(tensor):
+        return tensor.detach()
+    split: Any = tensor.detach()
+    # an offloaded part has to be where the ranks talk
+    whole: torch.Tensor = split.to(split.device_mesh.device_type).full_tensor()
+    return whole
 
 
 def summed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -54,7 +68,7 @@ def summed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     mesh = like.device_mesh  # type: ignore[attr-defined]
     # copies on other dimensions of the mesh (hybrid sharding) count once
     kinds = [Partial() if placement.is_shard() else placement for placement in like.placements]  # type: ignore[attr-defined]
-    total: torch.Tensor = DTensor.from_local(value, mesh, kinds).full_tensor()
+    total: torch.Tensor = DTensor.from_local(value.to(mesh.device_type), mesh, kinds).full_tensor()
     return total
 
 

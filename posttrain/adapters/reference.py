@@ -190,7 +190,8 @@ class InitialPolicy(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_beside_reference(self.model if model is None else model, resume_from_checkpoint)
+        if not self.is_fsdp_enabled:  # whose own checkpoint has been loaded
+            load_beside_reference(self.model if model is None else model, resume_from_checkpoint)
 
     def check_start(self, ratios: torch.Tensor, mask: torch.Tensor) -> None:
         """Look once, in the first micro-step of a run, whether policy and reference agree.

@@ -13,6 +13,7 @@ from posttrain.kernels.divergence import filtered_forward_kl
 from posttrain.kernels.entropy import entropies_with_gradient
 from posttrain.kernels.kept import Truncation, log_kept
 from posttrain.kernels.statistics import TILE, TokenStatistics, token_statistics
+from posttrain.sharding import forward_dtype
 
 # Names under which configurations of transformers keep a factor of the logits.
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -249,7 +250,10 @@ class Scored:
 
 def _full(parameter: torch.Tensor) -> torch.Tensor:
     full_tensor = getattr(parameter, "full_tensor", None)
-    return parameter if full_tensor is None else full_tensor()
+    if full_tensor is None:
+        return parameter
+    whole: torch.Tensor = full_tensor()
+    return whole.to(forward_dtype() or whole.dtype)  # as it is while FSDP2 has it together
 
 
 @contextlib.contextmanager

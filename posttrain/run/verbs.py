@@ -50,7 +50,8 @@ def model_of(path: str | Path) -> str:
     """Return the model folder to load for ``path``: a run stands for the model it trained.
 
     That is the one a method left when training was over, else the newest checkpoint, the best one when the
-    run was to keep that (``trainer.load_best_model_at_end``), or its export when no checkpoints were written.
+    run was to keep that (``trainer.load_best_model_at_end``), or its export when no checkpoints were written,
+    or only shards of some.
 
     Raises:
         RunError: A run directory without any of them.
@@ -70,6 +71,14 @@ def model_of(path: str | Path) -> str:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if state["best_model_checkpoint"]:
             checkpoint = run.checkpoints / Path(state["best_model_checkpoint"]).name
+    if not any(path.suffix == ".safetensors" for path in checkpoint.iterdir()):
+        if run.export.is_dir():
+            return str(run.export)
+        raise RunError(
+            f"{checkpoint} holds shards of FSDP, no model: resume the run to its end, which exports it, or "
+            "put them together with accelerate merge-weights; with fsdp_state_dict_type: FULL_STATE_DICT "
+            "checkpoints hold the model"
+        )
     return str(checkpoint)
 
 

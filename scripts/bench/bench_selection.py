@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from bench_step import times_in_turns
 from common import (
+    SIZES,
     in_own_processes,
     parser,
     peak_resident,
@@ -37,8 +38,9 @@ from common import (
     resident,
     tokenizer,
 )
+from common import model as sized
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 from trl import SFTTrainer as TRLSFTTrainer
@@ -47,8 +49,10 @@ from posttrain import Select, SFTTrainer
 from posttrain.selection import registry
 
 
-def model(options: argparse.Namespace, dtype: torch.dtype) -> LlamaForCausalLM:
+def model(options: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
     """Return a decoder with random weights, the same at every call."""
+    if options.size is not None:
+        return sized(options.size, dtype)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=options.vocabulary,
@@ -189,8 +193,15 @@ def main() -> None:
         "hidden": 512, "layers": 8, "vocabulary": 2048, "tokens": 64, "rows": 8, "steps": 24, "warmup": 4
     }.items():  # fmt: skip
         made.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
+    made.add_argument(
+        "--size", choices=sorted(SIZES), help="a model of the benchmarks instead of these numbers"
+    )
+    made.add_argument("--no-memory", action="store_true", help="time only")
     made.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = made.parse_args()
+    if options.size is not None:
+        known = {"hidden": "hidden_size", "layers": "num_hidden_layers", "vocabulary": "vocab_size"}
+        vars(options).update({name: SIZES[options.size][key] for name, key in known.items()})
     options.arms = dict(text.partition("=")[::2] for text in options.arm)
     quiet(options)
     with tempfile.TemporaryDirectory() as name:
@@ -200,8 +211,9 @@ def main() -> None:
             print(json.dumps(memory_of(options.memory_of, options, folder)))
             return
         names = ["full", *options.arms]
-        memory = dict(zip(names, in_own_processes([["--memory-of", arm] for arm in names]), strict=True))
-        for arm in names:
+        calls = [] if options.no_memory else [["--memory-of", arm] for arm in names]
+        memory = dict(zip(names[: len(calls)], in_own_processes(calls), strict=True))
+        for arm in memory:
             for part in ("state", "gradients"):
                 memory[arm][f"{part}_of_full"] = memory[arm][part] / memory["full"][part]
         times = time_arms(options, folder)

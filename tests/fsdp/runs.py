@@ -21,9 +21,12 @@ from trl import RewardConfig
 
 from posttrain import GRPOTrainer, RewardTrainer, Select, SFTTrainer
 from posttrain.preference import TDPO
+from posttrain.preference.sparse_po import SparsePO
 from posttrain.rl import LpReg
 from posttrain.rl.gardo_reference import GardoReference
 from posttrain.selection.random_mask import RandomMask
+
+CHECKPOINTS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
 
 
 def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def packed(**settings: Any) -> Select:
     return Select(RandomMask(budget=0.1), **settings)
 
 
-def adapted(folder: Path, ranks: int) -> Any:
+def adapted(folder: Path, ranks: int, **settings: Any) -> Any:
     torch.manual_seed(0)
     return dpo(
         folder,
@@ -118,6 +121,7 @@ def adapted(folder: Path, ranks: int) -> Any:
         [TDPO(alpha=0.5)],
         peft_config=support.lora(init_lora_weights="pissa"),
         gradient_checkpointing=True,
+        **settings,
     )
 
 
@@ -138,4 +142,34 @@ RUNS: dict[str, Callable[[Path, int], Any]] = {
     "adapter": adapted,
     "loaded": loaded,
     "reward": reward,
+}
+
+#: Runs that are stopped after 3 of 6 steps and gone on with, with the kind of their checkpoints.
+RESUMED: dict[str, tuple[Callable[[Path, int], Any], str]] = {
+    "packed": (
+        lambda folder, ranks: sft(folder, ranks, selection=packed(), **CHECKPOINTS),
+        "SHARDED_STATE_DICT",
+    ),
+    "full": (
+        lambda folder, ranks: sft(folder, ranks, selection=packed(), **CHECKPOINTS),
+        "FULL_STATE_DICT",
+    ),
+    "moving": (
+        lambda folder, ranks: grpo(
+            folder, ranks, [GardoReference(max_kl=1e-9)], num_iterations=2, **CHECKPOINTS
+        ),
+        "SHARDED_STATE_DICT",
+    ),
+    "masks": (
+        lambda folder, ranks: dpo(
+            folder,
+            ranks,
+            [SparsePO(mask_init="ones")],
+            sync_ref_model=True,
+            ref_model_sync_steps=2,
+            **CHECKPOINTS,
+        ),
+        "SHARDED_STATE_DICT",
+    ),
+    "adapter": (lambda folder, ranks: adapted(folder, ranks, **CHECKPOINTS), "SHARDED_STATE_DICT"),
 }

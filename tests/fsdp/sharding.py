@@ -53,3 +53,4 @@ def sharded(**options: str) -> Iterator[None]:
             yield
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
+            PartialState(cpu=True)

@@ -79,7 +79,8 @@ class ReferenceSeams(ServerSeams):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_beside_reference(self.model if model is None else model, resume_from_checkpoint)
+        if not self.is_fsdp_enabled:  # whose own checkpoint has been loaded
+            load_beside_reference(self.model if model is None else model, resume_from_checkpoint)
 
     @contextlib.contextmanager
     def _reference_model(self) -> Iterator[torch.nn.Module]:
