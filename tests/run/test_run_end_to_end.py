@@ -174,7 +174,7 @@ def test_the_console_shows_our_lines_and_no_bars(rlvr):
     text = rlvr[1].stderr
     assert "training: 40 rows, prompt length median 7, longest 7 tokens" in text
     assert "held-out: 6 rows" in text
-    assert f"rlvr {STEPS}/{STEPS}  loss" in text
+    assert f"rlvr {STEPS}/{STEPS}  reward" in text
     assert "evaluating after training: 6 problems x 2 samples" in text
     assert "reloaded logits differ by at most 0" in text
     assert "\r" not in text
