@@ -72,5 +72,6 @@ if trainer.accelerator.is_main_process:  # accelerate launch starts several
     print_table({"before": before, "after": after}, Console())
 
     export = export_model(trained, tokenizer, options.out / "export", probe_texts=train[:4]["prompt"])
-    print(f"exported to {export.folder}; reloaded logits differ by {export.comparison.max_difference:.2g}")
+    limit = export.comparison.max_difference
+    print(f"exported to {export.folder}; reloaded logits differ by at most {limit:.2g}")
 trainer.accelerator.end_training()
