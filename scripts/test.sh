@@ -8,6 +8,8 @@ cd "$ROOT"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PATH="$VENV/bin:$PATH" # DeepSpeed looks for ninja there
+# what it compiles stays here: in the user's cache, the lock of a compiler that was killed stops it for good
+export TORCH_EXTENSIONS_DIR="$VENV/torch_extensions"
 if [ "$#" -eq 0 ]; then
   "$VENV/bin/ruff" format --check .
   "$VENV/bin/ruff" check .
