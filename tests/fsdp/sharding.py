@@ -54,5 +54,5 @@ def sharded(**options: str) -> Iterator[None]:
             yield
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
-            if torch.distributed.is_initialized():  # a verb has left the group: one that is made anew may hang
+            if torch.distributed.is_initialized():  # a verb has left the group, and a new one may hang
                 PartialState(cpu=True)
