@@ -101,6 +101,14 @@ class MoreRollouts(GRPOSeams):
                 f"{skipping[0]} leaves rows out of the forward, but the router loss of a mixture of experts "
                 "depends on them: set router_aux_loss_coef to 0, or drop the method"
             )
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        split = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        if self.corrects_truncation and split:
+            raise ValueError(
+                "the loss of truncated sampling needs the gradient of the LM head, which is sharded here "
+                "(FSDP, DeepSpeed ZeRO-3): use ZeRO-2 or plain data parallelism, leave top_p, top_k and "
+                "min_p out, or set rollout.truncated_sampling: accept"
+            )
         refilling = [m.name for m in self._active if m.refill_rounds]
         if refilling and not hasattr(self.train_dataset, "__len__"):
             raise ValueError(

@@ -20,8 +20,8 @@ What is done about it, ``rollout: {truncated_sampling: ...}``:
     The loss takes log q = log p - log Z over K, for the live policy and the one that sampled, as
     DeepSeek-V3.2 does (arXiv 2512.02556, "keep sampling mask"). log Z comes from the hidden states of the
     forward that TRL does anyway, with gradient (d log Z / d logits = q - p), tile by tile: one more product
-    with the LM head. K is found again by the trainer, from the same policy: on-policy only. The KL term
-    (``beta``), entropies and what methods see stay those of p.
+    with the LM head. K is found again by the trainer, from the same policy: on-policy only, and not with a
+    sharded head (ZeRO-3, FSDP). The KL term (``beta``), entropies and what methods see stay those of p.
 ``accept``
     The loss stays as the papers that sample this way have it, biased as above. Said once when the run
     starts.

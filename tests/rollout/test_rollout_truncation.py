@@ -101,6 +101,15 @@ def test_the_trainer_refuses_and_warns(tmp_path, caplog):
     assert "knows nothing of top_p=0.5" in caplog.text
 
 
+def test_a_sharded_head_is_refused_before_the_first_step(tmp_path):
+    trained = trainer(tmp_path)
+    trained.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="sharded here"):
+        trained.refuse_late()
+    trained.corrects_truncation = False
+    trained.refuse_late()
+
+
 def first_micro_batch(trained):
     """Run one step and return its loss, gradients and batch, and what was logged for it."""
     seen = {}
