@@ -91,6 +91,12 @@ def check(
             "many steps. Takes seconds to a minute; no weights are loaded.",
         ),
     ] = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", help="With --deep: cpu or cuda, what the memory forecast is for; auto: what is here."
+        ),
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Report every mistake in a configuration at once.
@@ -104,6 +110,8 @@ def check(
     """
     from posttrain.config.check import check_and_load
 
+    if device not in ("auto", "cpu", "cuda"):
+        request_error(f"--device is auto, cpu or cuda, found {device!r}")
     report, checked = check_and_load(config, overrides or ())
     if not as_json:
         report.print(stdout())
@@ -112,11 +120,14 @@ def check(
             print_json(report.as_json())
         raise typer.Exit(0 if report.ok else 2)
     with reported_errors():
+        import torch
+
         from posttrain.deep.check import deep_check
         from posttrain.deep.show import print_deep
 
+        here = "cuda" if torch.cuda.is_available() else "cpu"
         with answers(as_json):
-            found = deep_check(checked)
+            found = deep_check(checked, here if device == "auto" else device)  # type: ignore[arg-type]
         if as_json:
             print_json(report.as_json() | {"ok": found.ok, "deep": found.as_json()})
         else:

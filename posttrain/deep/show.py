@@ -125,9 +125,34 @@ def _pay(facts: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _memory(facts: dict[str, Any], console: Console) -> None:
+    console.print(
+        Text(
+            f"  {facts['rows']} sequences of up to {facts['tokens']} tokens in a pass on {facts['device']}; "
+            f"{facts['trainable']:,} weights train"
+        ),
+        soft_wrap=True,
+    )
+    ways = facts["sharded"] or {"bytes": facts["terms"]}
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("GiB of each process" if facts["sharded"] else "at the peak")
+    for way in ways:
+        table.add_column(way if facts["sharded"] else "GiB", justify="right")
+    terms = dict.fromkeys(name for way in ways.values() for name, size in way.items() if size)
+    for name in terms:
+        table.add_row(name, *(_gib(way.get(name, 0)) for way in ways.values()))
+    table.add_row("total", *(_gib(sum(way.values())) for way in ways.values()), style="bold")
+    console.print(table)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3f}" if size < 2**30 else f"{size / 2**30:.2f}"
+
+
 _FACTS: dict[str, Callable[[dict[str, Any], Console], None]] = {
     "tokens": _tokens,
     "data": _rows,
     "rewards": _pay,
     "batch": _words,
+    "memory": _memory,
 }

@@ -1,0 +1,191 @@
+"""Memory forecast of ``posttrain check --deep`` against what runs take; JSON on stdout.
+
+Each arm is a configuration, forecast in one process and carried out by ``posttrain train`` in two others, for
+a few steps on a decoder with random weights. ``resident`` is the growth of the process from before the model
+is loaded to its highest point (VmHWM of Linux), after the same run was done once on a tiny model, so that
+libraries are loaded, and with glibc told to give freed blocks back at once. ``tensors`` is the largest sum
+of living tensors of the run (:class:`posttrain.deep.live.LiveTensors`), without what an operation takes and
+gives back inside itself, and with what TRL's head reserves and never writes to. The bar is 15 % of
+``resident``::
+
+    python scripts/bench/memory_forecast.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from common import in_own_processes, parser, peak_resident, quiet, report, resident
+from datasets import disable_progress_bars
+
+from posttrain.config.check import load_run_config
+from posttrain.deep.check import forecast_run
+from posttrain.deep.live import LiveTensors
+from posttrain.models.embedded import build_model, build_tokenizer
+from posttrain.run.train import train
+
+STEPS = 2
+GLIBC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+TRAINER = {
+    "max_steps": STEPS,
+    "learning_rate": 1e-5,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "sft": {"task": "sft"},
+    "sft_checkpointed": {"task": "sft", "trainer": {"gradient_checkpointing": True}},
+    "sft_accumulated": {"task": "sft", "trainer": {"gradient_accumulation_steps": 2}},
+    "sft_lora": {"task": "sft", "model": {"adapter": {"type": "lora", "r": 8}}},
+    "sft_hft": {"task": "sft", "selection": "hft"},
+    "sft_random": {"task": "sft", "selection": {"random": {"budget": 0.05}}},
+    "dpo": {"task": "preference"},
+    "dpo_lora": {"task": "preference", "model": {"adapter": {"type": "lora", "r": 8}}},
+    "grpo": {"task": "rlvr"},
+    "grpo_kl": {"task": "rlvr", "trainer": {"beta": 0.04}},
+    "grpo_lora": {"task": "rlvr", "model": {"adapter": {"type": "lora", "r": 8}}},
+}
+
+
+def checkpoint(folder: Path, options: argparse.Namespace, *, tiny: bool) -> Path:
+    """Write a checkpoint of the size of the benchmark, or one of nothing to warm up with."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "layers": 1, "heads": 4, "intermediate_size": 32}
+    if not tiny:
+        sizes = {
+            "hidden_size": options.hidden,
+            "layers": options.layers,
+            "heads": 8,
+            "intermediate_size": 3 * options.hidden,
+        }
+    model = build_model(**sizes)
+    if options.vocabulary > model.config.vocab_size and not tiny:
+        model.resize_token_embeddings(options.vocabulary, mean_resizing=False)
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def configuration(arm: str, model: Path, folder: Path, options: argparse.Namespace) -> Path:
+    """Write the configuration of an arm; every row has the same number of tokens."""
+    prompt = options.tokens // 4
+    rest = options.tokens - prompt
+    rows = {
+        "sft": lambda i: {"prompt": "a" * prompt, "completion": chr(97 + i % 26) * (rest - 1)},
+        "preference": lambda i: {
+            "prompt": "a" * prompt,
+            "chosen": chr(97 + i % 26) * (rest - 1),
+            "rejected": chr(65 + i % 26) * (rest - 1),
+        },
+        "rlvr": lambda i: {"prompt": chr(97 + i % 26) * prompt, "answer": str(i)},
+    }
+    own = ARMS[arm]
+    file = folder / f"{own['task']}.jsonl"
+    count = options.rows * STEPS * 2
+    file.write_text("".join(json.dumps(rows[own["task"]](i)) + "\n" for i in range(count)))
+    trainer = TRAINER | {
+        "per_device_train_batch_size": options.rows,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+    }
+    config: dict[str, Any] = {
+        "task": own["task"],
+        "run_dir": str(folder / f"run-{model.name}"),
+        "threads": options.threads,
+        "model": {"path": str(model), **own.get("model", {})},
+        "data": {"source": str(file)},
+        "trainer": trainer | own.get("trainer", {}),
+    }
+    if own["task"] == "rlvr":
+        config["rewards"] = [{"format": {"params": {"pattern": "[a-z]", "match": "search"}}}]
+        config["trainer"] |= {"num_generations": options.rows, "max_completion_length": rest}
+    if "selection" in own:
+        config["selection"] = own["selection"]
+    path = folder / f"{arm}-{model.name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def measured(arm: str, options: argparse.Namespace, folder: Path, *, tensors: bool) -> dict[str, int]:
+    """Carry out an arm in this process; return the bytes it took."""
+    tiny = checkpoint(folder / "tiny", options, tiny=True)
+    train(load_run_config(configuration(arm, tiny, folder, options)))
+    model = checkpoint(folder / "model", options, tiny=False)
+    config = load_run_config(configuration(arm, model, folder, options))
+    gc.collect()
+    if tensors:
+        with LiveTensors() as live:
+            train(config)
+        return {"tensors": live.peak}
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    train(config)
+    return {"resident": peak_resident() - before}
+
+
+def forecast_of(arm: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Return what the check says, from shapes."""
+    model = checkpoint(folder / "model", options, tiny=False)
+    found = forecast_run(load_run_config(configuration(arm, model, folder, options)), device="cpu")
+    assert found is not None
+    return found.as_json()
+
+
+def main() -> None:
+    """Forecast, measure and print."""
+    made = parser(__doc__)
+    made.add_argument("--arm", action="append", choices=sorted(ARMS), help="one arm; all when unset")
+    for name, default in {
+        "hidden": 256, "layers": 4, "vocabulary": 4096, "tokens": 128, "rows": 8
+    }.items():  # fmt: skip
+        made.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
+    made.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
+    options = made.parse_args()
+    quiet(options)
+    disable_progress_bars()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.only:
+            what, arm = options.only
+            saved, sys.stdout = sys.stdout, sys.stderr
+            try:
+                found = (
+                    forecast_of(arm, options, folder)
+                    if what == "forecast"
+                    else measured(arm, options, folder, tensors=what == "tensors")
+                )
+            finally:
+                sys.stdout = saved
+            print(json.dumps(found))
+            return
+        os.environ.update(GLIBC)  # for the processes that are started
+        arms = {}
+        for arm in options.arm or ARMS:
+            kinds = ("forecast", "resident", "tensors")
+            forecast, resident_, tensors = in_own_processes([["--only", kind, arm] for kind in kinds])
+            peak = forecast["peak"]
+            arms[arm] = {
+                "forecast": peak,
+                **resident_,
+                **tensors,
+                "to_resident": peak / resident_["resident"],
+                "to_tensors": (peak + forecast["unused"]) / tensors["tensors"],
+                "moment": forecast["moment"],
+                "terms": forecast["terms"],
+            }
+            print(f"{arm}: {arms[arm]['to_resident']:.3f}", file=sys.stderr)
+    report(options, hidden=("only", "arm"), glibc=GLIBC, arms=arms)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
