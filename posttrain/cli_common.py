@@ -104,7 +104,7 @@ def reported_errors(go_on: str = "") -> Iterator[list[str]]:
 
 
 def leave_process_group() -> None:
-    """Take this process out of the group of ranks; one that ends without it may abort in gloo's threads.
+    """Take this process out of the group of ranks, as torch asks of one that ends.
 
     Only where all went well: behind an error the others may never come, and the launcher ends them.
     """

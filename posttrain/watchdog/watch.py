@@ -32,6 +32,8 @@ GRACE_SECONDS = 8.0
 """How long the main thread may take to come out by itself once the run has to stop."""
 
 _BEAT_SECONDS = 1.0
+_STORE_SECONDS = 10.0
+"""How long the end waits for a call of the store that is under way."""
 _RANKS_PER_SECOND = 64
 _INSTANCES = 0
 
@@ -75,6 +77,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._warned: tuple[int, ...] | None = None
         self._store: Any = None
+        self._exchanging: threading.Thread | None = None
         self._address = ""
         self._published = -1.0
         self._stacks: Any = None
@@ -94,13 +97,17 @@ class Watchdog:
             # beforehand and elsewhere: what stands still can open nothing, and the run directory may move
             self._stacks = Path(self._me["frozen"]).open("w")  # noqa: SIM115
             phases.mirror(Path(self._me["mirror"]))
-            threading.Thread(target=self._exchange, name="posttrain-beat", daemon=True).start()
+            self._exchanging = threading.Thread(target=self._exchange, name="posttrain-beat", daemon=True)
+            self._exchanging.start()
         threading.Thread(target=self._watch, name="posttrain-watchdog", daemon=True).start()
 
     def stop(self) -> None:
         """End the threads; what was said last stays in the store."""
         self._ended.set()
         self._hurry.set()
+        if self._exchanging is not None:
+            # the store's calls are C++: one that comes back while the interpreter ends aborts the process
+            self._exchanging.join(_STORE_SECONDS)
         if self._stacks is not None:
             faulthandler.cancel_dump_traceback_later()
             self._stacks.close()

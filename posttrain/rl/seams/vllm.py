@@ -134,7 +134,7 @@ class VLLMSeams(BatchSeams):
 
         generation.llm.llm_engine.engine_core.engine_core.model_executor.shutdown()
         generation.llm = None
-        # vLLM's own groups, whose threads abort a process that ends with them; the trainer's stays
+        # vLLM's own groups; the trainer's stays
         parallel_state.destroy_model_parallel()
         if parallel_state._WORLD is not None:
             parallel_state._WORLD.destroy()
@@ -164,6 +164,6 @@ class VLLMSeams(BatchSeams):
 
 
 def _leave_group() -> None:
-    """Leave the process group of one that vLLM made, without which a process may abort when it ends."""
+    """Leave the process group of one that vLLM made, as torch asks of a process that ends."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
