@@ -52,7 +52,7 @@ class FullySharded(Trainer):
         """Make the accelerator.
 
         Raises:
-            ShardingError: FSDP or DeepSpeed is asked for and is not what runs, or methods meet FSDP1.
+            ShardingError: FSDP is asked for and is not what runs, or methods meet FSDP1.
         """
         next_trainer()
         super().create_accelerator_and_postprocess()
@@ -64,14 +64,6 @@ class FullySharded(Trainer):
             raise ShardingError(
                 f"FSDP is asked for, and accelerate runs {kind} instead: it shards on GPUs only, and between "
                 "several processes. On this machine use DDP, or DeepSpeed, which shards on CPUs too."
-            )
-        wanted = bool(self.args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-        if wanted and not self.is_deepspeed_enabled:
-            kind = self.accelerator.distributed_type.value
-            raise ShardingError(
-                f"DeepSpeed is asked for, and accelerate runs {kind} instead: leave out deepspeed in the "
-                "arguments, and launch with accelerate launch --config_file configs/accelerate/zero2.yaml "
-                "(cpu_zero2.yaml without a GPU)"
             )
         if not self.is_fsdp_enabled or not self._active:
             return

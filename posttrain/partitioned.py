@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from posttrain._lazy import torch
@@ -12,6 +13,32 @@ from posttrain._lazy import torch
 def is_partitioned(model: torch.nn.Module) -> bool:
     """Whether parameters are in pieces, which only DeepSpeed's own forward puts together."""
     return any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+
+
+def together(
+    parameters: Iterable[torch.Tensor | None], *, write: bool = False
+) -> AbstractContextManager[Any]:
+    """Return a context in which ZeRO-3 has put parameters together; collective where it has cut one up.
+
+    What is together already (a tied weight inside of its owner's forward) is left to who did it.
+
+    Args:
+        parameters: Whatever there is; plain ones and None need nothing.
+        write: Whether they are written inside; what the first rank has is kept then.
+    """
+    cut = [p for p in parameters if p is not None and hasattr(p, "ds_status")]
+    if not cut:
+        return contextlib.nullcontext()
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    missing = [p for p in cut if p.ds_status != ZeroParamStatus.AVAILABLE]
+    if not missing:
+        return contextlib.nullcontext()
+    gathering: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        missing, modifier_rank=0 if write else None
+    )
+    return gathering
 
 
 @contextlib.contextmanager
@@ -36,7 +63,6 @@ def put_together(model: Any, engine: Any) -> None:
 
     The engine cannot train it after that.
     """
-    import deepspeed
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from trl.models.utils import remove_hooks
 
@@ -48,7 +74,7 @@ def put_together(model: Any, engine: Any) -> None:
             if not hasattr(parameter, "ds_tensor"):
                 continue
             if id(parameter) not in made:
-                with deepspeed.zero.GatheredParameters([parameter]):
+                with together([parameter]):
                     value = parameter.detach().clone()
                 made[id(parameter)] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]

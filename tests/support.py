@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import string
 from typing import Any
 
@@ -119,6 +120,22 @@ def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
+def whole(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters in full, fp32, gathered where ZeRO-3 or FSDP2 has cut them up. Collective."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        gathering: Any = contextlib.nullcontext()
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            gathering = deepspeed.zero.GatheredParameters([parameter])
+        with gathering:
+            value: Any = parameter.detach()
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            found[name] = value.float().clone()
+    return found
+
+
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
@@ -131,6 +148,6 @@ def logged(trainer: Any, *keys: str) -> list[tuple[Any, ...]]:
 
 
 def leave() -> None:
-    """End a rank's script: a process that goes without it aborts now and then, in gloo's own threads."""
+    """End a rank's script by leaving its process group, as torch asks."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from posttrain.kernels.statistics import TILE, tempered_tiles
+from posttrain.kernels.statistics import TILE, HeadGradients, tempered_tiles
 
 
 def filtered_forward_kl(
@@ -97,29 +97,9 @@ class _FilteredForwardKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, proxy_hidden = ctx.saved_tensors
-        temperature, logit_scale, softcap, *_ = ctx.settings
         (grad,) = grads
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        grad_hidden = torch.zeros_like(hidden)
-        # summed over tiles, so not in half precision
-        summed = torch.promote_types(dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=summed) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=summed) if ctx.needs_input_grad[2] else None
+        found = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[1:3], *ctx.settings[:3])
         for rows, z, log_p, proxy in _pairs(hidden, weight, bias, proxy_hidden, ctx.settings):
-            kept = (proxy.sum(dim=-1) > 0) * grad[rows] * (logit_scale / temperature)
-            slope = (log_p.exp() - proxy) * kept.unsqueeze(1)
-            if softcap is not None:
-                slope *= 1 - (z * (temperature / softcap)) ** 2
-            if grad_bias is not None:
-                grad_bias += slope.sum(dim=0)
-            slope = slope.to(dtype)
-            grad_hidden[rows] = slope @ weight.to(dtype)
-            if grad_weight is not None:
-                grad_weight += slope.t() @ hidden[rows].to(dtype)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-        )
+            # a row that keeps nothing has no gradient
+            found.add(rows, z, log_p.exp() - proxy, (proxy.sum(dim=-1) > 0) * grad[rows])
+        return (*found.result(), None, None)

@@ -13,6 +13,7 @@ from posttrain.kernels.divergence import filtered_forward_kl
 from posttrain.kernels.entropy import entropies_with_gradient
 from posttrain.kernels.kept import Truncation, log_kept
 from posttrain.kernels.statistics import TILE, TokenStatistics, token_statistics
+from posttrain.partitioned import together
 from posttrain.sharding import forward_dtype
 
 # Names under which configurations of transformers keep a factor of the logits.
@@ -75,18 +76,8 @@ class LMHead:
         """
         weight, bias = self.module.weight, getattr(self.module, "bias", None)
         assert isinstance(weight, torch.Tensor)
-        if hasattr(weight, "ds_status"):
-            import deepspeed
-            from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-            # with tied embeddings the weight may be there already, and must then be left to its owner
-            missing = [
-                p for p in (weight, bias) if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE
-            ]
-            with deepspeed.zero.GatheredParameters(missing) if missing else contextlib.nullcontext():
-                yield weight, bias
-            return
-        yield _full(weight), None if bias is None else _full(bias)
+        with together([weight, bias]):
+            yield _full(weight), None if bias is None else _full(bias)
 
     def call(self, action: Callable[..., Any], *inputs: torch.Tensor) -> Any:
         """Return ``action(*inputs)``, called as if it were the forward of the head's module.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from posttrain.kernels.statistics import tempered_tiles
+from posttrain.kernels.statistics import HeadGradients, tempered_tiles
 
 #: Logits held at a time; sorting them takes four times their memory more.
 TILE = 2**23
@@ -127,28 +127,8 @@ class _LogKept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, ids = ctx.saved_tensors
-        _, temperature, logit_scale, softcap, _ = ctx.settings
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        # summed over tiles, so not in half precision
-        summed = torch.promote_types(dtype, torch.float32)
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=summed) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=summed) if ctx.needs_input_grad[2] else None
+        found = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[1:3], *ctx.settings[1:4])
         for rows, z, log_p, keep in _tiles(hidden, weight, bias, ids, ctx.settings):
             slope = log_p.masked_fill(~keep, -math.inf).softmax(dim=-1).sub_(log_p.exp_())
-            slope *= (grads[0][rows] * (logit_scale / temperature)).unsqueeze(1)
-            if softcap is not None:
-                slope *= 1 - (z * (temperature / softcap)) ** 2
-            if grad_bias is not None:
-                grad_bias += slope.sum(dim=0)
-            slope = slope.to(dtype)
-            grad_hidden[rows] = (slope @ weight.to(dtype)).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += slope.t() @ hidden[rows].to(dtype)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-        )
+            found.add(rows, z, slope, grads[0][rows])
+        return (*found.result(), None, None)

@@ -145,6 +145,67 @@ def tempered_tiles(
         yield rows, z
 
 
+class HeadGradients:
+    """Gradients of hidden states and LM head, collected tile by tile from slopes of tempered logits.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H).
+        bias: (V,) or None.
+        needed: Whether weight and bias need one.
+        temperature: As in :func:`tempered_tiles`, as are
+        logit_scale: the factor
+        softcap: and the bound of the logits.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        needed: tuple[bool, bool],
+        temperature: float,
+        logit_scale: float,
+        softcap: float | None,
+    ) -> None:
+        self._hidden, self._weight, self._bias = hidden, weight, bias
+        self._scale = logit_scale / temperature
+        self._per_cap = None if softcap is None else temperature / softcap
+        self._dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        # summed over tiles, so not in half precision
+        summed = torch.promote_types(self._dtype, torch.float32)
+        self._of_hidden = torch.zeros_like(hidden)
+        self._of_weight = torch.zeros_like(weight, dtype=summed) if needed[0] else None
+        self._of_bias = torch.zeros_like(bias, dtype=summed) if needed[1] and bias is not None else None
+
+    def add(self, rows: slice, z: torch.Tensor, slope: torch.Tensor, grad: torch.Tensor) -> None:
+        """Take in a tile.
+
+        Args:
+            rows: Which rows it is of.
+            z: (rows, V) tempered logits.
+            slope: (rows, V), derivative of the rows' results with respect to them; overwritten.
+            grad: (rows,) gradient of these results.
+        """
+        slope *= (grad * self._scale).unsqueeze(1)
+        if self._per_cap is not None:
+            slope *= 1 - (z * self._per_cap) ** 2
+        if self._of_bias is not None:
+            self._of_bias += slope.sum(dim=0)
+        slope = slope.to(self._dtype)
+        self._of_hidden[rows] = (slope @ self._weight.to(self._dtype)).to(self._of_hidden.dtype)
+        if self._of_weight is not None:
+            self._of_weight += slope.t() @ self._hidden[rows].to(self._dtype)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return the gradients of hidden states, weight and bias, in their types."""
+        return (
+            self._of_hidden,
+            None if self._of_weight is None else self._of_weight.to(self._weight.dtype),
+            None if self._of_bias is None or self._bias is None else self._of_bias.to(self._bias.dtype),
+        )
+
+
 def temper(
     z: torch.Tensor,
     bias: torch.Tensor | None,

@@ -406,7 +406,13 @@ class DPOTrainer(SelectionMixin, FiniteGuard, Probing, ListPath):
         for name, values in state.pop("modules", {}).items():
             self.modules_of_methods[name].load_state_dict(values)
         beside = state.pop("beside", None)
-        if self._beside is not None and beside is not None:
+        if (beside is None) != (self._beside is None):
+            logger.warning(
+                "the checkpoint was written under another kind of sharding: the optimiser of what methods "
+                "train (%s) begins anew",
+                ", ".join(self.modules_of_methods),
+            )
+        elif self._beside is not None:
             self._beside.load_state_dict(beside)
         super().load_extra_state(state)
 

@@ -34,8 +34,7 @@ Sharded weights
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,8 +45,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
+from posttrain.partitioned import together
 from posttrain.selection.apply import is_packed_name
-from posttrain.sharding import gathered, is_split
+from posttrain.sharding import gathered
 
 if TYPE_CHECKING:
     from posttrain.selection.apply import Selection
@@ -197,10 +197,10 @@ class WeightStream:
             yield from self._merged(name, source)
             return
         packed = source.packed
-        with _gathered([source.parameter] if packed is None else [source.parameter, packed.values]):
-            values = _full(source.parameter)
+        with together([source.parameter] if packed is None else [source.parameter, packed.values]):
+            values = gathered(source.parameter)
             if packed is not None and packed.composed:
-                values = packed.whole(values, _full(packed.values))
+                values = packed.whole(values, gathered(packed.values))
             yield Update(name, values.shape, self._cast(values))
 
     def _part(
@@ -213,16 +213,16 @@ class WeightStream:
                 name, shape, self._cast(weight.detach().view(-1)[index.to(weight.device).long()]), True, new
             )
             return
-        with _gathered([packed.values]):
-            yield Update(name, shape, self._cast(_full(packed.values).to(dtype)), True, new)
+        with together([packed.values]):
+            yield Update(name, shape, self._cast(gathered(packed.values).to(dtype)), True, new)
 
     def _merged(self, name: str, source: _Source) -> Iterator[Update]:
         """Yield one tensor of an adapted layer, from a copy of the layer into which PEFT merged."""
         layer, attribute = source.owner, source.attribute
-        with _gathered(list(layer.parameters())):
+        with together(layer.parameters()):
             base = layer.get_base_layer()
             owned = {id(parameter) for parameter in base.parameters()}
-            twin: Any = _twin(layer, lambda p: _full(p).clone() if id(p) in owned else _full(p))
+            twin: Any = _twin(layer, lambda p: gathered(p).clone() if id(p) in owned else gathered(p))
             for part in twin.modules():
                 if isinstance(part, BaseTunerLayer):
                     part.merge(safe_merge=False)
@@ -296,25 +296,6 @@ def _twin(module: nn.Module, take: Callable[[nn.Parameter], torch.Tensor]) -> nn
         name: None if child is None else _twin(child, take) for name, child in module._modules.items()
     }
     return twin
-
-
-def _gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Return a context in which ZeRO-3 has put parameters together; collective."""
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not sharded:
-        return nullcontext()
-    import deepspeed
-
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(sharded)
-    return gathered
-
-
-def _full(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the whole tensor of a parameter that FSDP2 may have split; collective then."""
-    if is_split(parameter):
-        # an offloaded part has to be where the ranks talk
-        parameter = parameter.detach().to(parameter.device_mesh.device_type)  # type: ignore[attr-defined]
-    return gathered(parameter)
 
 
 def _shape_and_type(source: _Source) -> tuple[torch.Size, torch.dtype]:

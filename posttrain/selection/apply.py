@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import nn
 
+from posttrain.partitioned import together
 from posttrain.selection.adamw import SelectiveAdamW
 from posttrain.selection.packed import SUFFIX, Packed, pack
 from posttrain.selection.plan import PlanError, SelectionPlan, TensorSelection
@@ -170,7 +170,7 @@ class Selection:
         """Leave a plain model with the trained weights, trainable as before; the plan stays readable."""
         self._plan = self.plan
         for packed in self.packed.values():
-            with _gathered(packed):
+            with together([packed.weight, packed.values], write=True):
                 packed.remove()
         self.packed, self.positions = {}, {}
         for name, parameter in self.model.named_parameters():
@@ -243,18 +243,6 @@ def apply(
         selection.remove()
         raise
     return selection
-
-
-def _gathered(packed: Packed) -> AbstractContextManager[Any]:
-    """Return a context in which weight and values are whole, also under ZeRO-3, and may be written."""
-    if not hasattr(packed.weight, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
-        [packed.weight, packed.values], modifier_rank=0
-    )
-    return gathered
 
 
 def is_packed_name(name: str) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,22 +117,6 @@ def packed(folder: Path, ranks: int) -> Any:
 RUNS: dict[str, Callable[[Path, int], Any]] = {"grpo": grpo, "dpo": dpo, "hft": hft, "packed": packed}
 
 
-def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All weights in full, gathered where they are sharded. Collective."""
-    weights = {}
-    for name, parameter in model.named_parameters():
-        gather: Any = nullcontext()
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            gather = deepspeed.zero.GatheredParameters([parameter])
-        with gather:
-            value = parameter.detach()
-            value = value.full_tensor() if hasattr(value, "full_tensor") else value
-            weights[name] = value.float().clone()
-    return weights
-
-
 def carry_out(build: Callable[[Path, int], Any], folder: Path, ranks: int) -> dict[str, Any]:
     """Train, and return losses, gradient norms and weights (those of methods included)."""
     torch.manual_seed(0)
@@ -142,9 +125,9 @@ def carry_out(build: Callable[[Path, int], Any], folder: Path, ranks: int) -> di
     logs = [row for row in run.state.log_history if "loss" in row]
     if getattr(run, "selection", None) is not None:
         run.end_selection()
-    weights = whole(run.accelerator.unwrap_model(run.model))
+    weights = support.whole(run.accelerator.unwrap_model(run.model))
     for name, module in getattr(run, "modules_of_methods", {}).items():
-        weights |= {f"{name}.{key}": value for key, value in whole(module).items()}
+        weights |= {f"{name}.{key}": value for key, value in support.whole(module).items()}
     return {
         "mode": run.accelerator.distributed_type.value,
         "losses": [row["loss"] for row in logs],

@@ -65,6 +65,7 @@ def test_two_processes_are_one(config, mode, alone, tmp_path):
         found = torch.load(tmp_path / config / f"{name}.pt")
         assert found["mode"] == mode
         losses, weights = difference(expected, found)
+        print(f"{config} {name}: losses {losses:.1e}, weights {weights:.1e}")
         assert losses < 1e-5, (name, losses)
         assert weights < 1e-4, (name, weights)
         assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4), name

@@ -5,7 +5,6 @@ python selection_ranks.py FOLDER BACKEND; the launcher says how many ranks, and 
 
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import support
@@ -16,20 +15,6 @@ from safetensors.torch import load_file
 from test_selection_trainer import plan_for, sft
 
 from posttrain.selection.hft import HFT
-
-
-def whole(model):
-    """Return all weights, gathered where ZeRO-3 has partitioned them."""
-    weights = {}
-    for name, parameter in model.named_parameters():
-        gather = nullcontext()
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            gather = deepspeed.zero.GatheredParameters([parameter])
-        with gather:
-            weights[name] = parameter.detach().float().clone()
-    return weights
 
 
 def main(folder, backend):
@@ -51,7 +36,7 @@ def main(folder, backend):
     trainer.train()
     trainer.save_model(f"{folder}/saved")
     trainer.end_selection()
-    weights = whole(trainer.model)
+    weights = support.whole(trainer.model)
     if trainer.accelerator.is_main_process:
         saved = load_file(f"{folder}/saved/model.safetensors")
         # DeepSpeed's copies of tied weights are two tensors in a file
