@@ -7,6 +7,7 @@ imports stand inside the verbs, so that help and ``check`` answer at once.
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,29 +98,44 @@ def check(
             "--device", help="With --deep: cpu or cuda, what the memory forecast is for; auto: what is here."
         ),
     ] = "auto",
+    launch: Annotated[
+        Path | None,
+        typer.Option(
+            "--launch",
+            metavar="FILE",
+            help="Check as for 'accelerate launch --config_file FILE': its processes, and how it shards.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Report every mistake in a configuration at once.
 
     Without --deep nothing is loaded; nothing is ever written. Names, types and ranges are checked: the
     trainer section against the fields of the installed TRL, each method against its parameters and the rest
-    of the run, and the batch arithmetic for WORLD_SIZE processes (1 when unset). Each mistake comes with its
-    file and line, what is allowed and the nearest valid name.
+    of the run and the way it is launched, and the batch arithmetic for WORLD_SIZE processes (1 when unset).
+    Each mistake comes with its file and line, what is allowed and the nearest valid name.
 
     Exit code 0 when the run can start (warnings allowed), 2 when it cannot.
     """
     from posttrain.config.check import check_and_load
+    from posttrain.config.launch import as_launched
 
     if device not in ("auto", "cpu", "cuda"):
         request_error(f"--device is auto, cpu or cuda, found {device!r}")
-    report, checked = check_and_load(config, overrides or ())
-    if not as_json:
-        report.print(stdout())
-    if not deep or checked is None:
-        if as_json:
-            print_json(report.as_json())
-        raise typer.Exit(0 if report.ok else 2)
-    with reported_errors():
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(as_launched(launch))
+        except ValueError as error:
+            request_error(str(error))
+        report, checked = check_and_load(config, overrides or ())
+        if not as_json:
+            report.print(stdout())
+        if not deep or checked is None:
+            if as_json:
+                print_json(report.as_json())
+            raise typer.Exit(0 if report.ok else 2)
+        stack.enter_context(reported_errors())
         import torch
 
         from posttrain.deep.check import deep_check

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.launch import launch_mode
 from posttrain.rl.method import Conflict, Setup
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,10 @@ def setup_of(methods: Sequence[Any], config: Any, config_class: Any, *, adapter:
         **more: Further fields of :class:`~posttrain.rl.method.Setup`.
     """
     fields = {name: entry.default for name, entry in config_class.__dataclass_fields__.items()}
+    trainer = fields if config is None else vars(config)
     return Setup(
-        trainer=fields if config is None else vars(config),
+        trainer=trainer,
+        launch=launch_mode(trainer),
         methods=tuple(getattr(method, "name", "") for method in methods),
         adapter=adapter,
         ranks=1 if config is None else config.world_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from posttrain._lazy import torch
@@ -70,6 +72,36 @@ def summed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     kinds = [Partial() if placement.is_shard() else placement for placement in like.placements]  # type: ignore[attr-defined]
     total: torch.Tensor = DTensor.from_local(value.to(mesh.device_type), mesh, kinds).full_tensor()
     return total
+
+
+@contextmanager
+def before_training(model: Any) -> Iterator[None]:
+    """Let a model that nothing has wrapped yet go forward, also where DeepSpeed ZeRO-3 is asked for.
+
+    TRL's fused head asks its weight whether ZeRO-3 has gathered it: one that was loaded whole says yes here,
+    and a model that was loaded in pieces is put together. Collective in the latter case.
+    """
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            yield
+        return
+    head = model.get_output_embeddings()
+    told = [] if head is None else list(head.parameters())
+    for parameter in told:
+        parameter.ds_status = ZeroParamStatus.AVAILABLE
+    try:
+        yield
+    finally:
+        for parameter in told:
+            del parameter.ds_status
 
 
 def same_everywhere(model: torch.nn.Module) -> None:

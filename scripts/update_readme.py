@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from posttrain.config import method_pages
+from posttrain.config import launch_matrix, method_pages
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 START, END = "<!-- methods: written by scripts/update_readme.py -->", "<!-- end of methods -->"
@@ -12,11 +12,13 @@ START, END = "<!-- methods: written by scripts/update_readme.py -->", "<!-- end 
 
 def methods_table() -> str:
     """Return the table of all built-in methods as Markdown."""
-    rows = ["| config key | task | method | paper |", "|---|---|---|---|"]
+    rows = ["| config key | task | method | paper | launches |", "|---|---|---|---|---|"]
     for cls in method_pages.available().values():
         papers = cls.paper if isinstance(cls.paper, tuple) else (cls.paper,)
         links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers if paper) or "-"
-        rows.append(f"| `{cls.name}` | {method_pages.task_of(cls)} | {cls.title} | {links} |")
+        task = method_pages.task_of(cls)
+        launches = launch_matrix.summary(task, cls.name)
+        rows.append(f"| `{cls.name}` | {task} | {cls.title} | {links} | {launches} |")
     return "\n".join(rows)
 
 

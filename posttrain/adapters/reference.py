@@ -24,6 +24,8 @@ from peft import AdaLoraConfig, PeftConfig, PeftModel
 from transformers import Trainer
 from trl.trainer.utils import hash_module, use_adapter
 
+from posttrain.sharding import before_training
+
 logger = logging.getLogger(__name__)
 
 REFERENCE = "ref"
@@ -279,13 +281,14 @@ def _probe(policy: PeftModel) -> torch.Tensor:
     training = policy.training
     policy.eval()  # dropout belongs to training
     try:
-        found: torch.Tensor = policy(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            labels=ids,
-            fused_lm_head=True,
-            use_cache=False,
-        ).log_probs
+        with before_training(policy):
+            found: torch.Tensor = policy(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                labels=ids,
+                fused_lm_head=True,
+                use_cache=False,
+            ).log_probs
     except Exception as error:
         kind = _kind(policy.peft_config[policy.active_adapters[0]])
         raise AdapterError(

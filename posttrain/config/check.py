@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
+from posttrain.config.launch import processes
 from posttrain.config.load import Document, holds, load_document
 from posttrain.config.method_check import check_methods, json_text
 from posttrain.config.problems import ConfigError, KeyPath, Problem, Report, nearest
@@ -24,7 +25,6 @@ from posttrain.config.source_check import HUB_ID, check_data, check_model, check
 from posttrain.config.tasks import TASKS, Task
 from posttrain.config.trainer_check import check_trainer
 from posttrain.config.trainer_fields import trainer_fields
-from posttrain.config.trainer_rules import processes
 from posttrain.config.vllm_rules import has_gpu
 from posttrain.rl import registry
 from posttrain.rollout.truncation import truncation_problem

@@ -8,12 +8,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from posttrain.config.launch import launch_mode, processes
 from posttrain.config.problems import KeyPath, Problem, nearest
 from posttrain.config.schema import RewardConfig
 from posttrain.config.sentences import problems_of
 from posttrain.config.tasks import TASKS, Task, TaskSpec
-from posttrain.config.trainer_rules import processes
 from posttrain.selection import registry as selectors
+
+FSDP2 = "set fsdp_version: 2 in the launcher's fsdp_config"
 
 
 def check_methods(
@@ -128,12 +130,16 @@ def _conflicts(
         reward_names=tuple(reward_names(rewards)) if rewards else None,
         reward_weights=tuple(reward.weight for reward in rewards) if rewards else None,
         ranks=processes(),
+        launch=launch_mode(trainer),
         needs_all_rows=tuple(
             name
             for name, m in built.items()
             if isinstance(m, rl.Method) and m.needs_all_rows and not m.neutral
         ),
     )
+    if setup.launch == "fsdp1" and built:
+        names = ", ".join(built)
+        yield Problem(f"{names} cannot go with FSDP1, which flattens weights", ("methods",), suggestion=FSDP2)
     for name, method in built.items():
         if not isinstance(method, (rl.Method, preference.Method, sft.Method)):
             continue

@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain import find_methods
+from posttrain.config import launch_matrix
 from posttrain.config.describe import field_range, field_type
+from posttrain.config.launch import TITLES
 from posttrain.config.problems import show
 from posttrain.preference import method as preference
 from posttrain.preference import registry as preference_registry
@@ -95,6 +97,7 @@ def as_json(cls: type[Method]) -> dict[str, Any]:
         "page": page(cls),
         "parameters": parameters(cls),
         "schema": cls.model_json_schema(),
+        "launches": launch_matrix.cells_of(task_of(cls), cls.name),
     }
 
 
@@ -133,6 +136,25 @@ def print_page(cls: type[Method], console: Console) -> None:
             )
         )
     console.print(table)
+    print_launches(cls, console)
+
+
+def print_launches(cls: type[Method], console: Console) -> None:
+    """Print under which launches the method was measured to train as on one process, and what is refused."""
+    uses = launch_matrix.cells_of(task_of(cls), cls.name)
+    if not uses:
+        return
+    console.print(Text("Launches (two processes against one: largest difference of losses, of weights)"))
+    table = _table("", *(TITLES[mode] for mode in launch_matrix.MODES))
+    reasons: dict[str, None] = {}
+    for use, cells in uses.items():
+        row = [cells[mode] for mode in launch_matrix.MODES]
+        reasons |= dict.fromkeys(cell["reason"] for cell in row if cell["verdict"] == "refused")
+        told = (f"{c['losses']:g}, {c['weights']:g}" if c["verdict"] == "works" else "refused" for c in row)
+        table.add_row(Text(use), *map(Text, told))
+    console.print(table)
+    for reason in reasons:
+        console.print(Text(f"Refused: {reason}"), soft_wrap=True)
 
 
 def _with_default(name: str, info: FieldInfo) -> str:

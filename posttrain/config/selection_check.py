@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from posttrain.config.method_check import json_text
+from posttrain.config.launch import DEEPSPEED, SHARDED, SPLIT, TITLES, launch_mode, processes
+from posttrain.config.method_check import FSDP2, json_text
 from posttrain.config.problems import KeyPath, Problem, near_file, nearest
 from posttrain.config.schema import SelectionConfig
 from posttrain.config.sentences import problems_of
 from posttrain.config.tasks import Task
-from posttrain.config.trainer_rules import processes
 from posttrain.selection import registry
 from posttrain.selection.selector import Selector
 
@@ -91,17 +91,24 @@ def _trainer_rules(selection: SelectionConfig, trainer: Mapping[str, Any]) -> It
             "warning",
             suggestion="set trainer.weight_decay, or drop it",
         )
-    if trainer.get("deepspeed") and selection.weight_decay == "to_base":
+    mode = launch_mode(trainer)
+    if mode in DEEPSPEED and selection.weight_decay == "to_base":
         yield Problem(
             "weight_decay to_base acts before the optimiser's step, which DeepSpeed hides",
             ("selection", "weight_decay"),
             needed="off or selected",
         )
-    if trainer.get("deepspeed") and selection.backend == "masked":
+    if mode in DEEPSPEED and selection.backend == "masked":
         yield Problem(
             "backend 'masked' is an optimiser of its own, and DeepSpeed brings its own",
             ("selection", "backend"),
-            needed="auto, packed or composed",
+            needed="auto or composed" if mode == "zero3" else "auto, packed or composed",
+        )
+    elif mode in SPLIT and selection.backend in ("masked", "packed"):
+        yield Problem(
+            f"backend {selection.backend!r} needs whole weights, and {TITLES[mode]} shards them",
+            ("selection", "backend"),
+            needed="auto or composed",
         )
 
 
@@ -143,17 +150,23 @@ def _selector_rules(
             ("selection", "backend"),
             needed=" or ".join(can),
         )
-    if changing and trainer.get("deepspeed"):
+    mode = launch_mode(trainer)
+    if changing and mode in SHARDED:
+        why = (
+            "needs the gradient between backward and step, and DeepSpeed has no such place"
+            if mode in DEEPSPEED
+            else "changes the selection while it trains, which shards of weights cannot follow"
+        )
         yield Problem(
-            f"{selector.name} needs the gradient between backward and step, and DeepSpeed has no such place",
+            f"{selector.name} {why}",
             ("selection", "method"),
             suggestion="use DDP, or a selector whose selection stays",
         )
-    if changing and trainer.get("fsdp"):
+    elif mode == "fsdp1" and selector.granularity == "element":
         yield Problem(
-            f"{selector.name} changes the selection while it trains, which shards of weights cannot follow",
+            f"{selector.name} trains single scalars, and FSDP1 flattens tensors together",
             ("selection", "method"),
-            suggestion="use DDP, or a selector whose selection stays",
+            suggestion=f"{FSDP2}, or select whole tensors (hft)",
         )
     if selector.needs == "examples" and task != "sft":
         yield Problem(

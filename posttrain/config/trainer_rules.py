@@ -7,13 +7,13 @@ when at least one of the fields it is about was written, so that defaults are ne
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.launch import processes
 from posttrain.config.problems import KeyPath, Problem
 from posttrain.config.tasks import TaskSpec
 from posttrain.config.upstream import installed
@@ -31,12 +31,6 @@ DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "rob
 """Losses of the difference of two rewards, for which divergences other than the reverse KL are defined."""
 
 _MIN_LR_SCHEDULES = {"cosine_with_min_lr", "cosine_warmup_with_min_lr"}
-
-
-def processes() -> int:
-    """Return the number of training processes of this launch: ``WORLD_SIZE``, or 1."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    return max(int(text), 1) if text.isdecimal() else 1
 
 
 def rule_problems(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from posttrain.config.launch import processes
 from posttrain.config.schema import RunConfig
-from posttrain.config.trainer_rules import processes
 from posttrain.data.length import apply_length_policy
 from posttrain.deep.batch import look_at_batches
 from posttrain.deep.findings import DeepReport, Finding, Section

@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from posttrain.config.launch import LAUNCHED
 from posttrain.config.schema import RunConfig
 from posttrain.config.tasks import TASKS, TaskSpec
 from posttrain.config.trainer_check import check_trainer
@@ -25,7 +26,7 @@ from posttrain.models.skeleton import load_skeleton
 LOOKED_AT = 2000
 """Rows that are tokenized at most, evenly spread over the data."""
 
-_LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_LAUNCHED = (*LAUNCHED, "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass

@@ -91,7 +91,7 @@ from pydantic import Field
 
 from posttrain._lazy import torch
 from posttrain.preference.method import Batch, ListSettings, Method, as_list
-from posttrain.rl.method import Conflict, Setup
+from posttrain.rl.method import Conflict, Setup, not_sharded
 
 Objective = Literal[
     "lambda", "pair_logistic", "pair_hinge", "list_mle", "softmax", "point_mse", "point_sigmoid"
@@ -316,6 +316,8 @@ class LiPO(Method):
 
         yield from super().conflicts(setup)
         trainer = setup.trainer
+        if self.forward_rows is not None:
+            yield from not_sharded(setup, "lipo.forward_rows runs the model again in the backward")
         losses = as_list(trainer.get("loss_type") or ["sigmoid"])
         if losses != ["sigmoid"] or trainer.get("loss_weights"):
             yield Conflict(

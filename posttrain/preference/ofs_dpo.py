@@ -71,7 +71,7 @@ from pydantic import Field, PrivateAttr
 
 from posttrain._lazy import torch
 from posttrain.preference.passes import TwoAdapters, parameters_of
-from posttrain.rl.method import Conflict, Setup
+from posttrain.rl.method import Conflict, Setup, not_sharded
 
 if TYPE_CHECKING:
     from posttrain.rl.gauges import Gauges
@@ -158,6 +158,9 @@ class OFSDPO(TwoAdapters):
         """Refuse full fine-tuning and references that move."""
         yield from super().conflicts(setup)
         trainer = setup.trainer
+        yield from not_sharded(
+            setup, "ofs_dpo changes adapters within a step and keeps the gradients of both"
+        )
         if not setup.adapter:
             yield Conflict(
                 "ofs_dpo trains two LoRA modules on one base, and full fine-tuning would need two models: "

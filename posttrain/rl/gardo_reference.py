@@ -114,6 +114,11 @@ class GardoReference(Method):
                 "gardo_reference and sync_ref_model both move the reference: set sync_ref_model to false",
                 field="sync_ref_model",
             )
+        if setup.launch == "zero3" and not self.neutral:
+            yield Conflict(
+                "gardo_reference moves the reference, which DeepSpeed ZeRO-3 shards: launch with FSDP2, "
+                "ZeRO-2 or plain DDP, with an adapter if memory is short"
+            )
         if "ace" in setup.methods:
             yield Conflict(
                 "ACE measures drift from a fixed reference, but gardo_reference replaces it and the drift "

@@ -35,6 +35,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from posttrain.config.launch import SHARDED, TITLES, Mode
+
 if TYPE_CHECKING:
     import torch
 
@@ -65,6 +67,7 @@ class Setup:
         task: ``"rlvr"`` or ``"ttrl"`` in a config run, or None when the trainer is built in Python.
         rewards: Number of reward functions, or None when it is not known yet.
         ranks: Number of training processes of this launch.
+        launch: How they were launched: who holds which weights.
         reward_names: Names of the reward functions, or None when not known yet.
         reward_weights: Their weights, or None when not known yet.
         needs_all_rows: Names of the methods that act on rows without advantage, see
@@ -77,6 +80,7 @@ class Setup:
     task: str | None = None
     rewards: int | None = None
     ranks: int = 1
+    launch: Mode = "single"
     reward_names: tuple[str, ...] | None = None
     reward_weights: tuple[float, ...] | None = None
     needs_all_rows: tuple[str, ...] = ()
@@ -95,6 +99,18 @@ class Conflict:
     message: str
     field: str | None = None
     fatal: bool = True
+
+
+def not_sharded(setup: Setup, does: str) -> Iterator[Conflict]:
+    """Refuse launches that shard weights, gradients or the optimiser, for a method that needs them whole.
+
+    Args:
+        setup: What the method may look at.
+        does: Its name and what it does with them.
+    """
+    if setup.launch in SHARDED:
+        field = next((name for name in ("deepspeed", "fsdp") if setup.trainer.get(name)), None)
+        yield Conflict(f"{does}, which {TITLES[setup.launch]} shards: launch with plain DDP", field=field)
 
 
 @dataclass

@@ -43,6 +43,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from posttrain.config.launch import SPLIT, TITLES, launch_mode
 from posttrain.rollout.settings import RolloutSettings
 
 _NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -159,6 +160,11 @@ def truncation_problem(
             f"{said} with rollouts that are used after the policy has moved: the tokens that were kept when "
             "they were sampled are not known any more",
             "generate anew for every step (steps_per_generation and num_iterations left out)",
+        )
+    elif (mode := launch_mode(fields)) in SPLIT:
+        why = (
+            f"{said} needs the gradient of the LM head, which {TITLES[mode]} shards",
+            "launch with ZeRO-2 or plain DDP",
         )
     elif fields.get("use_liger_kernel"):
         why = f"{said} cannot be corrected inside Liger's loss", "set use_liger_kernel: false"

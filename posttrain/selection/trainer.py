@@ -217,7 +217,7 @@ class SelectionMixin(ExactResume):
             )
         if backend == "composed":
             raise PlanError(f"{name} shrinks, and composed values cannot stay behind: use packed or masked")
-        if self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1 or backend == "freeze":  # which is refused later
             return backend
         if backend == "packed":
             raise PlanError(

@@ -23,8 +23,8 @@ Needs
     Data that have a length; twelve bytes per row. Checkpoints have the table, and a resume compares the rows.
 
 Composes with
-    LoRA and full fine-tuning, accumulation, DDP, bf16, selections. Refused: packing and padding-free batches
-    (rows have to stay rows), label smoothing, ``loss_type`` other than nll, DeepSpeed and FSDP.
+    LoRA and full fine-tuning, accumulation, DDP, DeepSpeed, FSDP2, bf16, selections. Refused: packing and
+    padding-free batches (rows have to stay rows), label smoothing, ``loss_type`` other than nll.
 
 When not to use it
     For one epoch: before the second visit all weights are ``init``.
@@ -65,6 +65,7 @@ class FeasibleSFT(FeasibleRows, Method):
     title = "Feasible learning: a multiplier per row"
     paper = "2501.14912"
     replaces_loss: ClassVar[bool] = True
+    any_launch: ClassVar[bool] = True
 
     tolerance: float = Field(
         1.0, ge=0, description="eps: the loss that every row should stay below, in nats per token."

@@ -72,7 +72,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from posttrain._lazy import torch
-from posttrain.rl.method import Conflict, Setup
+from posttrain.rl.method import Conflict, Setup, not_sharded
 from posttrain.sft.method import Method, MicroStep
 
 
@@ -194,12 +194,7 @@ class LfU(Method):
                 "LfU adds a second backward, which float16's loss scaling does not cover: use bf16",
                 field="fp16",
             )
-        for name in ("deepspeed", "fsdp"):
-            if setup.trainer.get(name):
-                yield Conflict(
-                    f"LfU moves the weights for a moment, which {name} keeps in shards: drop trainer.{name}",
-                    field=name,
-                )
+        yield from not_sharded(setup, "lfu moves the weights for a moment and adds to their gradients")
         settings = setup.trainer.get("gradient_checkpointing_kwargs") or {}
         if setup.trainer.get("gradient_checkpointing") and settings.get("use_reentrant"):
             yield Conflict(

@@ -93,6 +93,8 @@ class Method(BaseModel):
     paper: ClassVar[str | None] = None
     replaces_loss: ClassVar[bool] = False
     """Whether :meth:`loss` takes the place of TRL's loss; one method of a run may."""
+    any_launch: ClassVar[bool] = False
+    """Whether the method leaves weights and gradients to the launcher, so that it may shard them."""
 
     @property
     def columns(self) -> tuple[str, ...]:

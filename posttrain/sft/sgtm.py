@@ -94,7 +94,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, PrivateAttr
 
 from posttrain._lazy import torch
-from posttrain.rl.method import Conflict, Setup
+from posttrain.rl.method import Conflict, Setup, not_sharded
 from posttrain.selection import units as linked
 from posttrain.sft.method import Method, MicroStep
 
@@ -211,6 +211,7 @@ class SGTM(Method):
 
     def conflicts(self, setup: Setup) -> Iterator[Conflict]:
         """Refuse what has no slices, or an optimiser of its own."""
+        yield from not_sharded(setup, "sgtm masks slices of weights and gradients")
         if setup.adapter:
             yield Conflict(
                 "sgtm masks slices of whole weights, which an adapter freezes: train without it, or train "

@@ -24,6 +24,7 @@ from posttrain.selection.plan import PlanError
 from posttrain.selection.trainer import SelectionMixin
 from posttrain.sft.method import Method, MicroStep
 from posttrain.sft.unlearn import row_nll
+from posttrain.sharding import before_training
 
 if TYPE_CHECKING:
     from posttrain.selection.plan import SelectionPlan
@@ -98,8 +99,10 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         """Refuse what is known once the model and the launcher are."""
         names = ", ".join(method.name for method in self._active)
         kind = self.accelerator.distributed_type
-        if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-            raise ValueError(f"{names} needs whole weights, {kind.value} shards them: launch with plain DDP")
+        sharded = kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+        whole = ", ".join(method.name for method in self._active if not method.any_launch)
+        if sharded and whole:
+            raise ValueError(f"{whole} needs whole weights, {kind.value} shards them: launch with plain DDP")
         if self.args.n_gpu > 1:
             raise ValueError(f"{names} needs one process per device: start with accelerate launch")
         if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
@@ -170,7 +173,7 @@ class SFTTrainer(SelectionMixin, FiniteGuard, TRLSFTTrainer):
         model: Any = self.model
         training, values = model.training, []
         model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), before_training(model):
             for start in range(0, len(own), size):
                 picked = [inputs[place] for place in own[start : start + size]]
                 batch = self._prepare_inputs(self.data_collator(picked))

@@ -37,9 +37,9 @@ Needs
     that is resumed has to be built with the start model again, as usual; the scores are compared.
 
 Composes with
-    LoRA and full fine-tuning, accumulation, DDP, activation checkpointing, bf16, selections: with
-    ``selection: wagle`` the run is that paper's. Refused: packing and padding-free batches (rows have to stay
-    rows), label smoothing, ``loss_type`` other than nll, DeepSpeed and FSDP. TRL's own entropy and token
+    LoRA and full fine-tuning, accumulation, DDP, DeepSpeed, FSDP2, activation checkpointing, bf16,
+    selections: with ``selection: wagle`` the run is that paper's. Refused: packing and padding-free batches
+    (rows have to stay rows), label smoothing, ``loss_type`` other than nll. TRL's own entropy and token
     accuracy are still logged.
 
 When not to use it
@@ -100,6 +100,7 @@ class Unlearn(Method):
     title = "Unlearning losses: GradDiff and NPO"
     paper = "2410.17509"
     replaces_loss: ClassVar[bool] = True
+    any_launch: ClassVar[bool] = True
 
     loss_type: Literal["graddiff", "npo"] = Field("npo", description="Loss of the rows to forget.")
     retain_weight: float = Field(1.0, ge=0, description="Weight of the loss of the rows to retain.")
