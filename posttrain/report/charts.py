@@ -45,6 +45,11 @@ class Line:
     dashed: bool = False
 
 
+def series(index: int) -> str:
+    """Return the style sheet's classes of the run at ``index``: six colours, then the same ones dotted."""
+    return f"s{index % 6}" + (" again" if index // 6 % 2 else "")
+
+
 def number(value: float | None) -> str:
     """Return a short decimal: three significant digits, no needless zeros."""
     if value is None or math.isnan(value):
@@ -187,7 +192,7 @@ def _text(kind: str, x: float, y: float, anchor: str, text: str) -> str:
 
 
 def _line(line: Line, place: Place, smooth: bool) -> str:
-    style = f"s{line.style % 6}" + (" dashed" if line.dashed else "")
+    style = series(line.style) + (" dashed" if line.dashed else "")
     parts = []
     if line.low is not None and line.high is not None:
         edges = [

@@ -20,6 +20,7 @@ MAIN = {
     "entropy": "Entropy (nats per token)",
     "completions/mean_length": "Completion length (tokens)",
     "completions/clipped_ratio": "Completions cut at the limit (share)",
+    "groups/useful": "Groups that teach something (share)",
     "frac_reward_zero_std": "Groups with equal rewards (share)",
     "reward_std": "Standard deviation of the reward",
     "kl": "KL divergence from the reference (nats)",
@@ -28,6 +29,14 @@ MAIN = {
     "accuracy": "Preference accuracy",
     "margin": "Reward margin, chosen minus rejected",
 }
+CARDS = {
+    "rlvr": {"reward": "training reward", "entropy": "entropy, nats"},
+    "ttrl": {"reward": "training reward", "entropy": "entropy, nats"},
+    "sft": {"loss": "training loss", "mean_token_accuracy": "token accuracy"},
+    "preference": {"rewards/accuracies": "training accuracy", "rewards/margins": "reward margin"},
+    "reward": {"accuracy": "training accuracy", "margin": "reward margin"},
+}
+"""Numbers whose start and end stand at the top of a page, by task."""
 EXPECTED = {
     "rlvr": ("reward", "loss", "entropy", "completions/mean_length"),
     "ttrl": ("reward", "ttrl/majority_ratio", "loss", "entropy", "completions/mean_length"),
@@ -86,6 +95,7 @@ def build(runs: Sequence[Run]) -> list[Group]:
 
 
 HELD_OUT = "Held-out, during training"
+SELECTION = "Selection of weights"
 OTHER = "Everything else that was logged"
 
 
@@ -105,24 +115,11 @@ def missing(run: Run) -> list[str]:
     ]
 
 
-def alarms(run: Run) -> list[str]:
-    """Return what in the curves asks for attention."""
-    found = []
-    _, tied = run.series("frac_reward_zero_std")
-    late = [value for value in tied[-max(1, len(tied) // 5) :] if not math.isnan(value)]
-    if late and sum(late) / len(late) > 0.5:
-        found.append(
-            f"In the last fifth of training {sum(late) / len(late):.0%} of the groups had equal rewards and "
-            "gave no gradient: the problems are too easy, too hard, or the reward is constant."
-        )
-    _, clipped = run.series("completions/clipped_ratio")
-    late = [value for value in clipped[-max(1, len(clipped) // 5) :] if not math.isnan(value)]
-    if late and sum(late) / len(late) > 0.2:
-        found.append(
-            f"In the last fifth of training {sum(late) / len(late):.0%} of the completions were cut at "
-            "max_completion_length: their answers may be missing."
-        )
-    return found
+def cards(run: Run) -> list[tuple[str, tuple[float, float]]]:
+    """Return (title, (start, end)) of the numbers at the top of the page."""
+    wanted = CARDS.get(str(run.config.get("task")), CARDS["rlvr"])
+    found = ((title, start_and_end(run, key)) for key, title in wanted.items())
+    return [(title, ends) for title, ends in found if ends is not None]
 
 
 def start_and_end(run: Run, key: str) -> tuple[float, float] | None:
@@ -145,6 +142,8 @@ def _heading(key: str, methods: set[str]) -> str:
         return "Rewards and verifiers"
     if prefix == "held_out":
         return HELD_OUT
+    if prefix == "selection":
+        return SELECTION
     if prefix in ("rollout_gap", "sampling"):
         return "Sampler against trainer"
     if prefix in methods or (slash and prefix not in UPSTREAM):

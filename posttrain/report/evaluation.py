@@ -89,11 +89,11 @@ def build(run: Run) -> View | None:
     for name in names:
         row = Row(
             TITLES.get(name, name),
-            _estimate(metrics.get("before", {}).get(name)),
-            _estimate(metrics.get("after", {}).get(name)),
-            _estimate(difference.get(name)),
+            as_estimate(metrics.get("before", {}).get(name)),
+            as_estimate(metrics.get("after", {}).get(name)),
+            as_estimate(difference.get(name)),
         )
-        row.verdict = _verdict(row.difference)
+        row.verdict = verdict(row.difference)
         view.rows.append(row)
     chosen = _headline_name(metrics)
     named = dict(zip(names, view.rows, strict=True))
@@ -106,7 +106,7 @@ def build(run: Run) -> View | None:
     for name in dict.fromkeys(name for side in sides.values() for name in as_dict(side.get("distinct"))):
         first, second = (as_dict(as_dict(sides.get(side)).get("distinct")) for side in ("before", "after"))
         view.rows.append(
-            Row(name, _estimate({"value": first.get(name)}), _estimate({"value": second.get(name)}), None)
+            Row(name, as_estimate({"value": first.get(name)}), as_estimate({"value": second.get(name)}), None)
         )
     latest = sides.get("after") or sides["before"]
     view.settings = {"samples": "?", "temperature": "?"} | as_dict(latest.get("settings"))
@@ -157,8 +157,8 @@ def interval(estimate: dict[str, Any] | None) -> str:
     return f"[{fixed(estimate['low'])}, {fixed(estimate['high'])}]"
 
 
-def alarms(run: Run) -> list[str]:
-    """Return what a reader should know before believing the numbers of an evaluation."""
+def alarms(run: Run) -> list[tuple[str, str]]:
+    """Return (what was found, what to try) of what spoils the numbers of an evaluation."""
     found = []
     for name in ("before", "after"):
         side = as_dict(run.evaluation.get(name))
@@ -166,17 +166,16 @@ def alarms(run: Run) -> list[str]:
         total = sum(verdicts.values())
         failed = verdicts.get("error", 0) + verdicts.get("timeout", 0)
         if failed > FAILED_SHARE * total:
-            found.append(
+            text = (
                 f"Evaluation {name}: the verifier failed on {failed} of {total} samples "
                 f"({verdicts.get('error', 0)} errors, "
                 f"{verdicts.get('timeout', 0)} timeouts). They count neither as right nor as wrong."
             )
+            found.append((text, "posttrain samples --held-out --only error shows them; a longer deadline"))
         clipped = _value(side, "clipped")
         if clipped > 0.2:
-            found.append(
-                f"Evaluation {name}: {clipped:.0%} of the completions were cut at the length limit; raise "
-                "evaluate.max_new_tokens before trusting pass@k."
-            )
+            text = f"Evaluation {name}: {clipped:.0%} of the completions were cut at the length limit."
+            found.append((text, "raise evaluate.max_new_tokens before trusting what depends on their ends"))
     return found
 
 
@@ -211,7 +210,8 @@ def _sentence(row: Row | None, settings: dict[str, Any], sides: dict[str, Any]) 
     return text + f"The interval excludes zero: a {'rise' if row.verdict == 'up' else 'fall'}."
 
 
-def _verdict(difference: dict[str, Any] | None) -> str:
+def verdict(difference: dict[str, Any] | None) -> str:
+    """Return ``up`` or ``down`` where the interval excludes zero, ``none`` where it does not, or nothing."""
     low, high = as_dict(difference).get("low"), as_dict(difference).get("high")
     if low is None or high is None:
         return ""
@@ -248,7 +248,7 @@ def _line_at_k(
 ) -> Line | None:
     points = []
     for name, value in metrics.items():
-        k, estimate = _k(name, kind), _estimate(value)
+        k, estimate = _k(name, kind), as_estimate(value)
         if k and estimate is not None and estimate["value"] is not None:
             points.append((k, estimate["value"], estimate["low"], estimate["high"]))
     if not points:
@@ -310,8 +310,8 @@ def _k(name: str, kind: str) -> int:
     return int(tail) if head == kind and tail.isdecimal() else 0
 
 
-def _estimate(value: Any) -> dict[str, Any] | None:
-    """Return an estimate with all its keys, or None; what is no finite number becomes None."""
+def as_estimate(value: Any) -> dict[str, Any] | None:
+    """Return an estimate with all its keys, or None without one; what is no finite number becomes None."""
     if not isinstance(value, dict):
         return None
     return {key: as_number(value.get(key)) for key in ("value", "low", "high", "problems", "left_out")}

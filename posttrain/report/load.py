@@ -93,6 +93,7 @@ def read_run(path: Path, label: str) -> Run:
     read_metrics(run)
     run.evaluation = read_evaluation(run)
     run.completions = _read_completions(run)
+    run.notes = [note for note in run.notes if not _as_it_should_be(run, note)]
     if (path / "mask_examples.json").exists():
         run.pictures = _pictures(run)
     if (path / "warm_start").is_dir():
@@ -104,6 +105,14 @@ def read_run(path: Path, label: str) -> Run:
         files = sorted(file for file in export.rglob("*") if file.is_file())
         run.export = [(file.relative_to(export).as_posix(), file.stat().st_size) for file in files]
     return run
+
+
+def _as_it_should_be(run: Run, note: str) -> bool:
+    """Whether what a note misses is what the configuration did not ask for."""
+    task = run.config.get("task")
+    if note == "evaluation.json is missing.":
+        return run.config.get("evaluate", "not said") is None
+    return note == "completions.jsonl is missing." and task in ("sft", "preference", "reward")
 
 
 def as_dict(value: Any) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from posttrain.report import curves, evaluation
-from posttrain.report.charts import number
+from posttrain.report import curves, evaluation, several
+from posttrain.report.charts import number, series
+from posttrain.report.findings import findings
 from posttrain.report.load import Run, as_dict, read_run
 
 _HERE = Path(__file__).parent
@@ -62,6 +63,7 @@ def render(runs: Sequence[Run]) -> str:
     )  # fmt: skip
     environment.filters.update(
         number=number,
+        series=series,
         fixed=evaluation.fixed,
         signed=evaluation.signed,
         interval=evaluation.interval,
@@ -74,13 +76,17 @@ def render(runs: Sequence[Run]) -> str:
         css=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         runs=runs,
         views=views,
-        alarms=[(run, evaluation.alarms(run) + curves.alarms(run)) for run in runs],
+        findings=[(run, findings(run)) for run in runs],
         notes=[(run, run.notes + curves.missing(run)) for run in runs],
         groups=curves.build(runs),
         overlay=evaluation.overlay(runs) if len(runs) > 1 else [],
+        results=several.results(views) if len(runs) > 1 else None,
+        differing=several.differences(runs) if len(runs) > 1 else [],
         warm_starts=[(run, curves.build([run.warm_start])) for run in runs if run.warm_start],
         pictures=[(run, token_rows(run)) for run in runs],
-        ends=curves.start_and_end,
+        cards=curves.cards,
+        expects_samples=any(run.config.get("task") not in ("sft", "preference", "reward") for run in runs),
+        samples=[(run, samples(run.completions)) for run in runs],
         facts=facts,
         command=command,
     )
@@ -107,6 +113,17 @@ def token_rows(run: Run) -> list[dict[str, Any]]:
         for name, values in picture["values"].items()
         for peak in [peaks[str(picture.get("method")), name]]
     ]
+
+
+def samples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return completions grouped by step and prompt, in their order: ``step``, ``prompt`` and ``answers``."""
+    groups: list[dict[str, Any]] = []
+    for row in rows:
+        step, prompt = row.get("step"), row.get("prompt")
+        if not groups or (groups[-1]["step"], groups[-1]["prompt"]) != (step, prompt):
+            groups.append({"step": step, "prompt": prompt, "answers": []})
+        groups[-1]["answers"].append(row)
+    return groups
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

@@ -28,15 +28,15 @@ def write_page(comparison: Comparison, command: str, out: Path) -> None:
         command: The command that repeats it.
         out: The HTML file.
     """
+    shared = Path(posttrain.report.__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+        loader=jinja2.FileSystemLoader([Path(__file__).parent, shared]), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters.update(fixed=fixed, signed=signed, text=clean, duration=duration)
-    style = Path(posttrain.report.__file__).parent / "style.css"
     keys = logged(comparison)
     page = environment.get_template("comparison.html.j2").render(
-        css=Markup(style.read_text(encoding="utf-8")),
+        css=Markup((shared / "style.css").read_text(encoding="utf-8")),
         it=comparison,
         arms=comparison.plan.arms,
         level=f"{LEVEL:.0%}",

@@ -54,6 +54,7 @@ def make_run(root: Path, *, before: list[int] | None = None, after: list[int] | 
         for step in range(1, 31)
     ]  # fmt: skip
     (root / "metrics.jsonl").write_text(lines([*logs, {"step": 30, "train_runtime": 250.0}]))
+    (root / "status.json").write_text('{"state": "finished"}')
     completions = [
         {
             "step": step, "prompt": f"prompt {step}",

@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 from report_runs import HOSTILE, evaluation, make_run
 
 from posttrain.report import write_report
 
-VOID = {"meta", "link", "br", "img", "circle", "path", "line"}
+VOID = {"input", "meta", "link", "br", "img", "circle", "path", "line"}
 
 
 class Page(HTMLParser):
@@ -176,9 +177,9 @@ def test_both_answers_of_a_pair_share_a_chart(tmp_path: Path) -> None:
 def test_completions_are_spread_over_the_run_and_escaped(tmp_path: Path) -> None:
     found = page(make_run(tmp_path / "run"))
     assert HOSTILE in "".join(found.pieces)
-    steps = [row[0] for row in found.cells if row and row[0].isdigit()]
-    assert steps == [str(step) for step in (1, 7, 13, 18, 24, 30) for _ in range(3)]
-    assert found.row("30", "prompt 30")[2:] == ["wrong text 30.0".replace(" ", "", 1), "verifier 1", "−0.5"]
+    steps = re.findall(r"step (\d+) prompt \1 ", found.text)
+    assert steps == ["1", "7", "13", "18", "24", "30"]
+    assert found.text.count("wrong verifier 1 advantage −0.5 text 30.") == 3
 
 
 def test_nothing_comes_from_outside_and_nothing_runs(tmp_path: Path) -> None:
@@ -259,8 +260,9 @@ def test_alarms_name_what_spoils_the_numbers(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
     text = page(run).text
     assert "Evaluation after: the verifier failed on 2 of 12 samples (0 errors, 2 timeouts)" in text
-    assert "90% of the groups had equal rewards" in text
-    assert "50% of the completions were cut" in text
+    assert "What to try: posttrain samples --held-out --only error shows them" in text
+    assert "90% of the groups have equal rewards at a mean reward of 1" in text
+    assert "Likely cause: all answers of a group are equally right or equally wrong" in text
 
 
 def test_several_runs_share_charts_and_a_legend(tmp_path: Path) -> None:
@@ -277,6 +279,69 @@ def test_several_runs_share_charts_and_a_legend(tmp_path: Path) -> None:
     assert "ace/run: from 0.75 at k 1" in curve
     assert "plain/run: from 0.312 at k 1" in curve
     assert write_report([first, second]) == tmp_path / "ace" / "report.html"
+
+
+def test_what_differs_between_runs_is_shown(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", after=[4, 4, 4, 4] * 5)
+    config = yaml.safe_load((second / "config.yaml").read_text())
+    config["methods"]["ace"] = {"alpha": 0.5, "c_clip": None}
+    config |= {"warm_start": {"size": 5}, "run_dir": "elsewhere"}
+    (second / "config.yaml").write_text(yaml.safe_dump(config))
+    (second / "manifest.json").write_text(json.dumps({"versions": {"torch": "2.14.0"}}))
+    found = page([first, second])
+    assert found.row("methods.ace.alpha")[1:] == ["1.0", "0.5"]
+    assert found.row("warm_start")[1:] == ["–", '{"size": 5}']
+    assert found.row("versions.torch")[1:] == ["2.13.0", "2.14.0"]
+    names = [row[0] for row in found.cells]
+    assert not {"run_dir", "methods.ace.c_clip", "task"} & set(names)
+    assert "What differs" not in page(first).text
+    (second / "config.yaml").write_text((first / "config.yaml").read_text())
+    (second / "manifest.json").write_text((first / "manifest.json").read_text())
+    assert "Configurations, data and versions of these runs are the same." in page([first, second]).text
+
+
+def test_runs_are_compared_on_the_same_problems(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", after=[4, 4, 4, 4] * 5)
+    found = page([first, second])
+    header = found.row("metric", "a", "b")
+    assert header == ["metric", "a", "b", "b − a"]
+    # (4+4+4+4)/16 against (2+3+4+3)/16
+    cells = found.row("pass@1", next(c for c in found.row("pass@1") if c.startswith("0.750")))
+    assert [cells[2].split()[0], cells[3].split()[0]] == ["1.000", "+0.250"]
+    assert cells[3].endswith("▲")
+    low, high = (float(value) for value in re.findall(r"[0-9.]+(?=[,\]])", cells[3]))
+    assert 0 < low < 0.25 < high
+    other = json.loads((second / "evaluation.json").read_text())
+    other["after"]["problems"][0]["prompt"] = "another one"
+    (second / "evaluation.json").write_text(json.dumps(other))
+    found = page([first, second])
+    assert "b against a: no difference. They were evaluated on different problems." in found.text
+    assert found.row("pass@1", cells[1])[3] == "–"
+    other["after"]["settings"]["temperature"] = 0.5
+    (second / "evaluation.json").write_text(json.dumps(other))
+    assert "evaluate.temperature differs: 1.0 and 0.5." in page([first, second]).text
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_damage_stops_the_page_of_two_runs(tmp_path: Path, seed: int) -> None:
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    chance = random.Random(seed)
+    for name in ("evaluation.json", "manifest.json"):
+        data = json.loads((runs[1] / name).read_text())
+        (runs[1] / name).write_text(json.dumps(mangled(data, chance, rate=0.02)))
+    (runs[1] / "config.yaml").write_text("task: [rlvr]\nmethods: 3\n1: {2: x}\n")
+    assert "Repeat these runs" in page(runs).text
+
+
+def test_a_supervised_run_misses_nothing_that_it_never_had(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text("task: sft\nevaluate: null\n")
+    for name in ("evaluation.json", "completions.jsonl"):
+        (run / name).unlink()
+    found = page(run)
+    assert "is missing." not in found.text
+    assert "#completions" not in found.values("href")
+    assert "training loss" in found.text
 
 
 def test_text_that_html_or_utf8_cannot_hold_is_made_visible(tmp_path: Path) -> None:
