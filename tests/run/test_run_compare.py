@@ -448,7 +448,7 @@ def test_bands_go_from_the_lowest_to_the_highest_seed():
 class Tags(HTMLParser):
     """Checks that every tag is closed and nothing is loaded from elsewhere."""
 
-    VOID = frozenset({"meta", "link", "line", "path", "circle", "br"})
+    VOID = frozenset({"input", "meta", "link", "line", "path", "circle", "br"})
 
     def __init__(self):
         super().__init__()
