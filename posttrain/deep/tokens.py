@@ -42,7 +42,7 @@ def look_at_tokens(subject: Subject, encoding: Encoding) -> Section:
             name: {"token": getattr(tokenizer, f"{name}_token"), "id": getattr(tokenizer, f"{name}_token_id")}
             for name in ("bos", "eos", "pad", "unk")
         },
-        "ends": [_text(tokenizer, token) for token in sorted(ends(subject))],
+        "ends": [token_text(tokenizer, token) for token in sorted(ends(subject))],
         "table": [token_rows(subject, sequence) for sequence in shown],
     }
     return Section("tokens", "Tokenizer and template", tuple(findings), facts)
@@ -69,7 +69,7 @@ def token_rows(subject: Subject, sequence: Encoded) -> dict[str, Any]:
         "tokens": [
             {
                 "id": token,
-                "text": _text(subject.tokenizer, token),
+                "text": token_text(subject.tokenizer, token),
                 "role": role,
                 "special": token in special,
                 "trained": trained,
@@ -129,11 +129,11 @@ def _shared(one: Sequence[int], two: Sequence[int]) -> int:
     return min(len(one), len(two))
 
 
-def _text(tokenizer: Any, token: int) -> str:
+def token_text(tokenizer: Any, token: int) -> str:
+    """Return one token as it stands inside a text, with the space before it; half a character by its name."""
     # behind another token, since some tokenizers drop the space before the first word
     ahead = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
     text = str(tokenizer.decode([*ahead, token])).removeprefix(str(tokenizer.decode(ahead)))
-    # half a character is shown under its name
     return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
 
 
@@ -201,12 +201,12 @@ def _end(subject: Subject, encoding: Encoding) -> Iterable[Finding]:
             _places(subject, masked),
         )
     if other:
-        ends_with = {_text(tokenizer, s.ids[_last_special(tokenizer, s) or 0]) for s in other}
+        ends_with = {token_text(tokenizer, s.ids[_last_special(tokenizer, s) or 0]) for s in other}
         names = ", ".join(map(repr, sorted(ends_with)))
         yield Finding(
             "error" if subject.spec.generates else "warning",
             f"{share(len(other), len(whole))} sequences end with {names}, at which generation does not stop "
-            f"(it stops at {', '.join(repr(_text(tokenizer, token)) for token in sorted(stops))})",
+            f"(it stops at {', '.join(repr(token_text(tokenizer, token)) for token in sorted(stops))})",
             "the template ends turns with another token than tokenizer and generation_config.json name",
             "set trainer.eos_token to that token, or eos_token_id in generation_config.json to both"
             if not subject.spec.generates
@@ -304,7 +304,7 @@ def _vocabulary(subject: Subject, encoding: Encoding) -> Iterable[Finding]:
         yield Finding(
             "error",
             f"{share(len(outside), len(sequences))} sequences hold tokens outside the vocabulary, up to id "
-            f"{worst} ({_text(tokenizer, worst)!r}), where the model has {size} rows",
+            f"{worst} ({token_text(tokenizer, worst)!r}), where the model has {size} rows",
             "the tokenizer was given special tokens that the model was not",
             "use the tokenizer of the model, or resize the model before training",
             _places(subject, outside),

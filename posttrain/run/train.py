@@ -27,6 +27,7 @@ from posttrain.data.length import apply_length_policy
 from posttrain.data.load import LoadedData, load_data, load_warm_start
 from posttrain.data.probe import load_probe
 from posttrain.data.prompts import render
+from posttrain.deep.tokens import token_text
 from posttrain.evaluation.results import Evaluation, compare
 from posttrain.models.adapter import build_peft_config
 from posttrain.models.load import is_untrained, load_model
@@ -322,7 +323,7 @@ class _Run:
                 "method": method.name,
                 "title": picture.title,
                 "step": trainer.state.global_step,
-                "tokens": [self.tokenizer.decode([token]) for token in picture.ids],
+                "tokens": [token_text(self.tokenizer, token) for token in picture.ids],
                 "values": picture.values,
             }
             for method in trainer.methods
