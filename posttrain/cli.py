@@ -17,6 +17,7 @@ from posttrain.cli_common import (
     AsJson,
     answers,
     first_on_this_machine,
+    loading,
     main_process,
     print_json,
     reported_errors,
@@ -174,7 +175,8 @@ def train(
             request_error("--resume goes on with a run and --overwrite replaces it: give one of them")
         run_config = load_config(config, overrides)
         hints.append(f"posttrain doctor {run_config.run_dir} says what to try")
-        from posttrain.run.train import train as carry_out
+        with loading():
+            from posttrain.run.train import train as carry_out
 
         with answers(as_json):
             result = carry_out(run_config, resume=resume, overwrite=overwrite)

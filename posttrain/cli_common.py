@@ -45,6 +45,17 @@ def stderr() -> Console:
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Say on a terminal that libraries are being imported, which takes seconds; the line goes away after."""
+    console = stderr()
+    if console.is_terminal and first_on_this_machine():
+        with console.status("loading torch, transformers and TRL"):
+            yield
+    else:
+        yield
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, turned into an exception so that the run ends its verifiers and gives the terminal back."""
 

@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -100,6 +103,7 @@ class ConsoleProgress(TrainerCallback):
         self.pace = Pace(clock)
         self._began = 0.0
         self._live: Live | None = None
+        self._redirected: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._place = (0, 0)
         self._numbers: list[tuple[str, str]] = []
         self._held_out: tuple[str, str] | None = None
@@ -116,6 +120,10 @@ class ConsoleProgress(TrainerCallback):
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(console=self.console, get_renderable=self._display, refresh_per_second=2)
             self._live.start()
+            # Live takes over sys.stderr; a handler that kept the old one would write across the display
+            for handler in _terminal_handlers():
+                self._redirected.append((handler, handler.stream))
+                handler.setStream(sys.stderr)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -164,18 +172,25 @@ class ConsoleProgress(TrainerCallback):
     def _display(self) -> RenderableType:
         step, of = self._place
         left = self.pace.left(step, of)
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(
-            Text(self.title, style="bold"),
-            ProgressBar(total=max(of, 1), completed=step, width=24),
+        width = self.console.width
+        ends = [
             f"{step}/{of}",
-            _duration(self.pace.clock() - self._began),
-            Text("left " + ("-" if left is None else _duration(left)), style="cyan"),
+            *([_duration(self.pace.clock() - self._began)] if width >= 70 else []),
+            "left " + ("-" if left is None else _duration(left)),
+        ]
+        bar = max(6, min(24, width - len(self.title) - 1 - sum(len(text) + 1 for text in ends)))
+        line = Table.grid(padding=(0, 1))
+        line.add_row(
+            Text(self.title, style="bold"),
+            ProgressBar(total=max(of, 1), completed=step, width=bar),
+            *ends[:-1],
+            Text(ends[-1], style="cyan"),
         )
-        numbers = Text("  ").join(
-            Text.assemble((f"{label} ", "dim"), value) for label, value in self._numbers
+        numbers = (
+            Text("  ").join(Text.assemble((f"{label} ", "dim"), value) for label, value in row)
+            for row in _rows(self._numbers, width)
         )
-        return Group(bar, numbers) if self._numbers else bar
+        return Group(line, *numbers)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -187,6 +202,39 @@ class ConsoleProgress(TrainerCallback):
         if self._live is not None:
             self._live.stop()
             self._live = None
+        while self._redirected:
+            handler, stream = self._redirected.pop()
+            handler.setStream(stream)
+
+
+def _rows(numbers: list[tuple[str, str]], width: int) -> Iterator[list[tuple[str, str]]]:
+    """Yield numbers line by line, none parted from its name, as many as fit beside each other."""
+    row: list[tuple[str, str]] = []
+    used = 0
+    for label, value in numbers:
+        length = cell_len(f"{label} {value}")
+        if row and used + 2 + length > width:
+            yield row
+            row, used = [], 0
+        used += length + (2 if row else 0)
+        row.append((label, value))
+    if row:
+        yield row
+
+
+def _terminal_handlers() -> list[logging.StreamHandler[Any]]:
+    """Return the log handlers of all libraries that write to the terminal's stderr."""
+    loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+    found = (
+        handler
+        for logger in loggers
+        if isinstance(logger, logging.Logger)
+        for handler in logger.handlers
+        if isinstance(handler, logging.StreamHandler)
+        and not isinstance(handler, logging.FileHandler)
+        and handler.stream is sys.__stderr__
+    )
+    return list(dict.fromkeys(found))
 
 
 def _is_number(value: Any) -> bool:

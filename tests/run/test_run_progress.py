@@ -1,7 +1,9 @@
 """What a run shows while it trains: on a terminal, in a pipe, and to trackers."""
 
 import io
+import logging
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +107,42 @@ def test_a_terminal_gets_a_live_display():
     last = plain.rstrip().splitlines()[-2:]
     assert re.fullmatch(r"rlvr ━+╸ +4/10 0:00:10 left 0:00:30 *", last[0])
     assert last[1].split("  ") == ["reward 0.4321", "entropy 1.5", "useful 75%", "tok/s 60"]
+
+
+def test_a_narrow_terminal_parts_no_number_from_its_name():
+    out, clock = io.StringIO(), Clock()
+    progress = ConsoleProgress(
+        "warm start", Console(file=out, width=44, force_terminal=True, color_system=None), clock
+    )
+    run_some(progress, clock)
+    progress.on_log(None, state(4), TrainerControl(), logs=RL | {"held_out/pass@1": 0.5})
+    progress.on_train_end(None, state(4), TrainerControl())
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "")
+    last = [line.rstrip() for line in plain.rstrip().splitlines()[-3:]]
+    assert re.fullmatch(r"warm start ━+ +4/10 left 0:00:30", last[0])
+    assert last[1:] == ["reward 0.4321  entropy 1.5  useful 75%", "tok/s 60  held-out pass@1 0.500"]
+    assert all(len(line) <= 44 for line in last)
+
+
+def test_what_libraries_log_goes_above_the_display(capsys, monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "__stderr__", sys.stderr)
+    before = sys.stderr
+    handler = logging.StreamHandler()
+    logger = logging.getLogger("some.library")
+    logger.addHandler(handler)
+    progress = ConsoleProgress("rlvr", Console(file=out, width=80, force_terminal=True, color_system=None))
+    try:
+        progress.on_train_begin(None, state(2), TrainerControl())
+        logger.warning("look here")
+        assert "look here\n" in out.getvalue()
+        progress.stop()
+        progress.stop()
+        assert handler.stream is sys.stderr is before
+        assert "\x1b[?25h" in out.getvalue()  # the cursor is back
+    finally:
+        logger.removeHandler(handler)
+    assert "look here" not in capsys.readouterr().err
 
 
 def test_a_dumb_terminal_is_a_pipe(monkeypatch):
