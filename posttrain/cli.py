@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from posttrain import __version__
 from posttrain.cli_common import (
     AsJson,
     answers,
@@ -31,12 +32,31 @@ from posttrain.cli_merging import best_of, merge, warm
 from posttrain.cli_plan import plan_app
 from posttrain.cli_samples import samples
 
+# the order of the help: from a first run to what few need
+ORDER = (
+    *("check", "train", "samples", "report", "doctor", "eval", "export", "methods"),
+    *("compare", "continual", "warm", "best-of", "s3ft", "merge", "delta", "plan", "sparsity"),
+)
+
+
+class Verbs(typer.core.TyperGroup):
+    """The verbs in the order in which they are met."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names in the order of ``ORDER``."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+
 app = typer.Typer(
     name="posttrain",
+    cls=Verbs,
     help="LLM post-training methods that compose, on top of TRL.\n\n"
     "A run is one YAML file. Check it first, then train:\n\n"
-    "    posttrain check CONFIG.yaml\n\n"
-    "    posttrain train CONFIG.yaml trainer.learning_rate=2e-6",
+    "\b\n"
+    "posttrain check configs/rlvr/quickstart.yaml\n"
+    "posttrain train configs/rlvr/quickstart.yaml trainer.learning_rate=2e-4\n\n"
+    "Exit codes: 0 done, 1 the run failed, 2 the request was wrong. All verbs take --json; "
+    "posttrain VERB --help explains one.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -76,8 +96,18 @@ def load_config(path: Path, overrides: list[str] | None) -> Any:
     return config
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"posttrain {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _program() -> None:
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
     """Keeps ``posttrain VERB`` a group however many verbs there are."""
 
 
@@ -111,6 +141,11 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Report every mistake in a configuration at once.
+
+    \b
+    posttrain check run.yaml
+    posttrain check --deep run.yaml model.adapter.r=8
+    posttrain check run.yaml --launch configs/accelerate/zero3.yaml
 
     Without --deep nothing is loaded; nothing is ever written. Names, types and ranges are checked: the
     trainer section against the fields of the installed TRL, each method against its parameters and the rest
@@ -165,10 +200,17 @@ def train(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Carry out a run: warm start, evaluation, training, evaluation, export, report.
+    """Carry out a run, from warm start to export and report.
 
-    The configuration is checked first; every mistake is reported before anything is loaded. Everything the
-    run writes lies in its run_dir. Several processes: accelerate launch -m posttrain train CONFIG.yaml.
+    \b
+    posttrain train run.yaml
+    posttrain train run.yaml trainer.max_steps=20 run_dir=runs/short
+    posttrain train run.yaml --resume
+    accelerate launch --config_file configs/accelerate/ddp.yaml -m posttrain train run.yaml
+
+    The configuration is checked first; every mistake is reported before anything is loaded. Then come
+    warm start, evaluation, training, evaluation, export and report. Everything the run writes lies in its
+    run_dir.
     """
     with reported_errors("go on with --resume") as hints:
         if resume and overwrite:
@@ -190,7 +232,14 @@ def train(
 
 @app.command("eval")
 def evaluate_model(
-    model: Annotated[str, typer.Argument(help="Checkpoint or adapter folder, run directory, or Hub id.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint or adapter folder, run directory, or Hub id.",
+            show_default=False,
+        ),
+    ],
     overrides: Overrides = None,
     config: Annotated[
         Path | None,
@@ -203,7 +252,15 @@ def evaluate_model(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a model on the held-out rows of a configuration: pass@k, maj@k, diversity, with intervals."""
+    """Evaluate a model on held-out rows, with intervals.
+
+    \b
+    posttrain eval runs/mine
+    posttrain eval Qwen/Qwen2.5-0.5B-Instruct --config run.yaml evaluate.samples=32
+
+    On problems: pass@k, maj@k, coverage, diversity. On pairs: accuracy, margins, KL from the start, win rate,
+    calibration.
+    """
     with reported_errors():
         from posttrain.run.verbs import config_of, evaluate_path
 
@@ -222,7 +279,9 @@ def evaluate_model(
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(help="Run directory, or a checkpoint of one.")],
+    source: Annotated[
+        str, typer.Argument(metavar="RUN", help="Run directory, or a checkpoint of one.", show_default=False)
+    ],
     to: Annotated[
         Path | None,
         typer.Option("--to", help="Target folder; RUN/export when unset, RUN/export-FORMAT with --format."),
@@ -242,7 +301,16 @@ def export(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a trained model for others, reload it, compare its logits, and upload it if asked."""
+    """Write a trained model for others, reload it, upload it.
+
+    \b
+    posttrain export runs/mine
+    posttrain export runs/mine --format merged --to merged
+    posttrain export runs/mine --push me/my-model
+
+    The logits of what was written are compared with those of the model that was trained. It is uploaded only
+    with --push; a repository that this makes is private unless --public is given.
+    """
     with reported_errors():
         from posttrain.run.verbs import EXPORT_FORMATS, export_path
 
@@ -263,11 +331,19 @@ def export(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="One run directory, or several to compare.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="One run directory, or several to compare.", show_default=False),
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="HTML file; RUN/report.html when unset.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn run directories into one self-contained HTML page."""
+    """Turn run directories into one self-contained HTML page.
+
+    \b
+    posttrain report runs/mine
+    posttrain report runs/grpo runs/ace --out both.html
+    """
     with reported_errors():
         from posttrain.report import write_report
 
@@ -307,7 +383,7 @@ def compare(
     ] = "once",
     as_json: AsJson = False,
 ) -> None:
-    """Run arms x seeds of a configuration on the same data, and compare them seed by seed.
+    """Run arms x seeds on the same data, compared seed by seed.
 
     \b
     posttrain compare CONFIG.yaml --arm grpo:methods=[] --arm ace:methods.ace.alpha=1 --seeds 5
@@ -348,7 +424,8 @@ def compare(
 @app.command()
 def continual(
     rounds: Annotated[
-        list[Path], typer.Argument(metavar="CONFIG...", help="One configuration per round, in order.")
+        list[Path],
+        typer.Argument(metavar="CONFIG", help="One configuration per round, in order.", show_default=False),
     ],
     *,
     arms: Annotated[
@@ -366,7 +443,7 @@ def continual(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train on several tasks in a row, and measure what is learned and what is forgotten.
+    """Train on tasks in a row: what is learned, what is forgotten.
 
     \b
     posttrain continual A.yaml B.yaml --arm full --arm hft:selection=hft --arm lora:model.adapter.r=8
@@ -394,8 +471,20 @@ def continual(
 
 @app.command()
 def sparsity(
-    base: Annotated[str, typer.Argument(help="The model before: folder, run directory or Hub id.")],
-    tuned: Annotated[str, typer.Argument(help="The model after training; full weights, not an adapter.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE", help="The model before: folder, run directory or Hub id.", show_default=False
+        ),
+    ],
+    tuned: Annotated[
+        str,
+        typer.Argument(
+            metavar="TUNED",
+            help="The model after training; full weights, not an adapter.",
+            show_default=False,
+        ),
+    ],
     other: Annotated[
         str | None,
         typer.Option("--other", help="A second run from the same base: how far the changed sets overlap."),
@@ -420,7 +509,13 @@ def sparsity(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Report which weights a training changed: the share that did not, per kind of tensor and in all.
+    """Report which weights a training changed.
+
+    \b
+    posttrain sparsity Qwen/Qwen2.5-0.5B-Instruct runs/mine
+    posttrain sparsity base tuned --dtype stored --tensors
+
+    The answer is the share that did not change, per kind of tensor and in all.
 
     The checkpoints are read from their safetensors shards a block at a time, so size is no obstacle. The type
     they are compared in decides the result and is printed; so is everything that could not be compared.
@@ -458,7 +553,12 @@ def s3ft(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Write the training rows of a configuration with an 's3ft' section, without training.
+    """Write training rows with own answers in place of gold (S3FT).
+
+    \b
+    posttrain s3ft run.yaml --to rows.jsonl
+
+    The configuration has an 's3ft' section; nothing is trained.
 
     Own answers stand where the first reward finds them right, rephrasings of the gold answer where those are,
     gold answers elsewhere. The same command goes on with a job that was stopped, and does nothing when it is
@@ -490,11 +590,15 @@ def s3ft(
 def methods(
     name: Annotated[
         str | None,
-        typer.Argument(help="Such as ace, or package.module:ClassName.", show_default=False),
+        typer.Argument(metavar="NAME", help="Such as ace, or package.module:ClassName.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the methods, or explain one.
+
+    \b
+    posttrain methods
+    posttrain methods ace
 
     Without NAME: one row per method with its paper and parameters. With NAME: its page (the idea, the
     formula, where the defaults come from, what it needs, what it composes with, when not to use it) and the

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from posttrain.selection.delta_file import DeltaFile
 
 delta_app = typer.Typer(
-    help="Files that hold only the weights a training changed: make, apply, remove, merge, inspect.\n\n"
+    help="Files that hold only the weights a training changed.\n\n"
+    "\b\n"
+    "posttrain delta make base runs/mine --to change.safetensors\n"
+    "posttrain delta apply change.safetensors --to rebuilt\n\n"
     "They give the trained checkpoint to the bit, on the base they were made of and on no other. "
     "posttrain export RUN --format delta writes one with tokenizer and card.",
     no_args_is_help=True,
@@ -41,8 +44,20 @@ ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write; new or em
 
 @delta_app.command()
 def make(
-    base: Annotated[str, typer.Argument(help="The model before: folder, run directory or Hub id.")],
-    tuned: Annotated[str, typer.Argument(help="The model after training; full weights, not an adapter.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE", help="The model before: folder, run directory or Hub id.", show_default=False
+        ),
+    ],
+    tuned: Annotated[
+        str,
+        typer.Argument(
+            metavar="TUNED",
+            help="The model after training; full weights, not an adapter.",
+            show_default=False,
+        ),
+    ],
     to: ToFile,
     old_values: OldValues = False,
     max_density: MaxDensity = 0.5,
@@ -73,12 +88,15 @@ def apply(delta: Delta, to: ToFolder, base: Base = None, as_json: AsJson = False
 @delta_app.command()
 def remove(
     delta: Delta,
-    tuned: Annotated[Path, typer.Argument(help="The checkpoint that has the delta on it.")],
+    tuned: Annotated[
+        Path,
+        typer.Argument(metavar="TUNED", help="The checkpoint that has the delta on it.", show_default=False),
+    ],
     to: ToFolder,
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the base again, from a checkpoint that has the delta on it."""
+    """Write the base again, from a checkpoint with the delta on it."""
     with reported_errors():
         from posttrain.selection.delta_apply import remove_delta
 
@@ -89,7 +107,9 @@ def remove(
 
 @delta_app.command()
 def merge(
-    deltas: Annotated[list[Path], typer.Argument(metavar="DELTA...", help="Deltas of one base.")],
+    deltas: Annotated[
+        list[Path], typer.Argument(metavar="DELTA", help="Deltas of one base.", show_default=False)
+    ],
     to: ToFile,
     weights: Annotated[
         list[float] | None,
@@ -100,7 +120,10 @@ def merge(
     max_density: MaxDensity = 0.5,
     as_json: AsJson = False,
 ) -> None:
-    """Add up deltas of one base, or scale one: base + sum of weight * (trained - base), rounded once."""
+    """Add up deltas of one base, or scale one.
+
+    The result is base + sum of weight * (trained - base), rounded once.
+    """
     with reported_errors():
         from posttrain.selection.delta import merge_deltas
 
@@ -118,7 +141,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="One row per tensor.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is in a delta: base, number of values, size, and which tensors."""
+    """Show what is in a delta: base, values, size, tensors."""
     with reported_errors():
         _answer(delta, as_json, tensors=tensors)
 

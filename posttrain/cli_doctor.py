@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 def doctor(
     run: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN_DIR]", help="A run; without it, this machine.", show_default=False),
+        typer.Argument(metavar="RUN_DIR", help="A run; without it, this machine.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is wrong with this machine or with a run, the likely cause, and what to try.
+    """Say what is wrong with this machine or a run, and what to try.
+
+    \b
+    posttrain doctor
+    posttrain doctor runs/mine
 
     Without RUN_DIR: versions against the tested ranges, devices, memory, disks, settings that change a
     launch, and combinations known to fail. With RUN_DIR, also while it runs: how it ended, what its numbers

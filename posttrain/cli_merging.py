@@ -22,7 +22,7 @@ def merge(
     members: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...",
+            metavar="MODEL",
             help="Folders of full models or of LoRA adapters of one base; a run stands for its model.",
             show_default=False,
         ),
@@ -35,7 +35,7 @@ def merge(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Average the weights of several models of one architecture.
+    """Average the weights of models of one architecture.
 
     \b
     posttrain merge runs/a runs/b runs/c --to merged
@@ -105,15 +105,15 @@ def warm(
     out: Annotated[Path | None, typer.Option("--out", help="Folder; RUN_DIR-warm when unset.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train several reward models and average their weights (WARM, arXiv 2401.12187).
+    """Train several reward models and average them (WARM).
 
     \b
     posttrain warm reward.yaml --members 6 --vary trainer.learning_rate=1e-4,4e-5
 
-    One head is trained on frozen features first; all members begin with it. Members that are no better than
-    chance, or not linearly connected with the best, are left out. The average in OUT/model is compared with
-    members and their ensemble on held-out pairs, and is a reward model like any other: rewards:
-    [model:OUT/model], posttrain best-of. The same command goes on where it stopped.
+    WARM is arXiv 2401.12187. One head is trained on frozen features first; all members begin with it. Members
+    that are no better than chance, or not linearly connected with the best, are left out. The average in
+    OUT/model is compared with members and their ensemble on held-out pairs, and is a reward model like any
+    other: rewards: [model:OUT/model], posttrain best-of. The same command goes on where it stopped.
     """
     with reported_errors("the same command goes on where it stopped"):
         from posttrain.run.warm import plan_warm, print_warm
@@ -144,9 +144,15 @@ def warm(
 
 
 def best_of(
-    model: Annotated[str, typer.Argument(help="What samples: folder, run directory, or Hub id.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="What samples: folder, run directory, or Hub id.", show_default=False
+        ),
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes on top of the file.")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes on top of the file.", show_default=False),
     ] = None,
     *,
     rewards: Annotated[
@@ -168,13 +174,13 @@ def best_of(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sample N completions of the held-out prompts, let reward models pick, and judge the picks.
+    """Sample N answers per prompt and let reward models pick.
 
     \b
     posttrain best-of runs/sft --config eval.yaml --reward runs/reward-warm/model --n 4 --n 64
 
-    All reward models pick among the same samples. Without 'rewards' in the configuration nothing judges the
-    picks, and --to is what is left.
+    All reward models pick among the same samples of the held-out prompts. The first of 'rewards' in the
+    configuration judges the picks; without it --to is what is left.
     """
     with reported_errors():
         from posttrain.config.check import load_run_config

@@ -10,7 +10,10 @@ import typer
 from posttrain.cli_common import AsJson, answers, print_json, reported_errors, stdout
 
 plan_app = typer.Typer(
-    help="Files that say which weights may train: make, inspect.\n\n"
+    help="Files that say which weights may train.\n\n"
+    "\b\n"
+    "posttrain plan make run.yaml --to plan.safetensors\n"
+    "posttrain train run.yaml selection.plan=plan.safetensors\n\n"
     "A plan made on one machine is used on another with selection: {plan: FILE}; it fits the weights it was "
     "made for and no others.",
     no_args_is_help=True,
@@ -20,9 +23,15 @@ plan_app = typer.Typer(
 
 @plan_app.command()
 def make(
-    config: Annotated[Path, typer.Argument(help="Configuration with a 'selection' section.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG", help="Configuration with a 'selection' section.", show_default=False
+        ),
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes on top of the file.", show_default=False),
     ] = None,
     *,
     to: Annotated[Path, typer.Option("--to", help="File to write.", show_default=False)],
@@ -43,11 +52,14 @@ def make(
 @plan_app.command()
 def inspect(
     plan: Annotated[
-        Path, typer.Argument(metavar="PLAN", help="Plan file, such as RUN/selection.safetensors.")
+        Path,
+        typer.Argument(
+            metavar="PLAN", help="Plan file, such as RUN/selection.safetensors.", show_default=False
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Show what a plan selects, per kind of tensor, and what it was made with."""
+    """Show what a plan selects, and what it was made with."""
     with reported_errors():
         _show(plan, as_json)
 

@@ -34,7 +34,7 @@ def samples(
     full: Annotated[bool, typer.Option("--full", help="Show long texts whole.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show sampled completions with prompt, rewards and verdict: green is correct, red wrong, yellow unread.
+    """Show sampled completions with prompt, rewards and verdict.
 
     \b
     posttrain samples runs/mine                 # the newest
@@ -42,7 +42,7 @@ def samples(
     posttrain samples runs/mine --only wrong -n 20
     posttrain samples runs/mine --step 10       # what it answered then
 
-    With --json a list, with --follow one object per line.
+    Green is correct, red wrong, yellow unread. With --json a list, with --follow one object per line.
     """
     with reported_errors():
         from posttrain.report.samples import at_step, newest, print_samples, require_run

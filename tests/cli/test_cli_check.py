@@ -205,5 +205,5 @@ def test_fields_in_words():
 
 def test_help_teaches(run):
     text = run("--help").output
-    assert "posttrain check CONFIG.yaml" in text
+    assert "posttrain check configs/rlvr/quickstart.yaml" in text
     assert "methods=[]" in " ".join(run("check", "--help").output.split())
