@@ -280,7 +280,10 @@ def evaluate_model(
 @app.command()
 def export(
     source: Annotated[
-        str, typer.Argument(metavar="RUN", help="Run directory, or a checkpoint of one.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="RUN", help="Run directory, a checkpoint of one, or an export.", show_default=False
+        ),
     ],
     to: Annotated[
         Path | None,
@@ -291,13 +294,18 @@ def export(
     ] = "auto",
     base: Annotated[
         str | None,
-        typer.Option("--base", help="What a delta is against; the run's model.path when unset."),
+        typer.Option(
+            "--base",
+            help="What a delta is against, the run's model.path when unset; or the Hub address of an "
+            "adapter's base that lies in a folder.",
+        ),
     ] = None,
     push_to: Annotated[
-        str | None, typer.Option("--push", help="Hub repository user/name to upload to.")
+        str | None,
+        typer.Option("--push", help="Hub repository user/name to upload to; of SOURCE, if it is an export."),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="Make a repository that the push creates public.")
+        bool, typer.Option("--public", help="Publish for everybody; private when unset.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -316,8 +324,8 @@ def export(
 
         if export_format not in EXPORT_FORMATS:
             request_error(f"--format is one of {', '.join(EXPORT_FORMATS)}, found {export_format!r}")
-        if base is not None and export_format != "delta":
-            request_error(f"--base goes with --format delta, found --format {export_format}")
+        if base is not None and export_format in ("merged", "full"):
+            request_error(f"--base goes with an adapter or --format delta, found --format {export_format}")
         with answers(as_json):
             result = export_path(
                 source, to=to, format=export_format, push_to=push_to, private=not public, base=base

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 # By name, so that asking does not import torch for an error that was raised without it.
 _REQUEST_ERRORS = frozenset(
-    {"ConfigError", "DataError", "DeltaError", "MergeError", "ModelLoadError", "PlanError", "RunError"}
+    {
+        "ConfigError",
+        "DataError",
+        "DeltaError",
+        "MergeError",
+        "ModelLoadError",
+        "PlanError",
+        "PushRefusedError",
+        "RunError",
+    }
 )
 # Their messages are sentences for the user; the name of the class in front would only be in the way.
 _RUN_ERRORS = frozenset(

@@ -66,6 +66,7 @@ class ExportResult:
         folder: Where it is.
         format: ``adapter``, ``merged``, ``full`` or ``delta``.
         base: Address of the base (Hub id or absolute folder) of an adapter or delta; None for the others.
+        base_revision: Commit of a base from the Hub, of which an adapter or delta is, or that was trained on.
         base_bundled: Whether the base was saved in ``folder/base``.
         dtype: Type of the weights.
         comparison: Logits of the reloaded model against the trained one.
@@ -81,6 +82,7 @@ class ExportResult:
     comparison: Comparison
     bytes: int
     density: float | None = None
+    base_revision: str | None = None
 
 
 def export_model(
@@ -111,7 +113,7 @@ def export_model(
         probe_texts: Texts whose logits are compared, besides ids spread over the vocabulary.
         base_path: Hub id or folder of the base of an adapter or delta; for an adapter what the base model
             remembers when None.
-        base_revision: Commit or branch of a delta's base on the Hub.
+        base_revision: Commit or branch of a base on the Hub that ``base_path`` names.
         bundle_base: Save the base in ``out_dir/base``, so that the export can be moved or pushed on its own.
             None: when the base has no address because it was built in memory, or the run that is exported
             made it itself (a warm start).
@@ -155,22 +157,28 @@ def export_model(
         if kind == "adapter":
             assert isinstance(model, PeftModel)
             recorded = str(target / BUNDLED_BASE) if bundled else base
-            _save_adapter(model, partial, recorded)
+            commit = base_revision if base_path else _commit(model)
+            _save_adapter(model, partial, recorded, None if bundled else commit)
             if bundled:
                 _save_weights(_base_copy(model), partial / BUNDLED_BASE)
                 tokenizer.save_pretrained(partial / BUNDLED_BASE)
             reload_base = str(partial / BUNDLED_BASE) if bundled else base
         elif kind == "delta":
             assert base is not None
-            density = _save_delta(model, partial, base, base_revision, about)
+            density, commit = _save_delta(model, partial, base, base_revision, about)
             reload_base = None  # the file says it
         else:
             _save_weights(_merged_copy(model) if isinstance(model, PeftModel) else model, partial)
-            reload_base = None
+            reload_base, commit = None, _commit(model)
         tokenizer.save_pretrained(partial)
         for path in extras:
             shutil.copyfile(path, partial / path.name)
-        comparison = _reload_and_compare(partial, reload_base, model, tokenizer, probes, trained, base_logits)
+        comparison, found = _reload_and_compare(
+            partial, reload_base, model, tokenizer, probes, trained, base_logits
+        )
+        if kind == "adapter" and not bundled and found is not None and found != commit:
+            commit = found  # of the base that base_path names, now that it is known to be the right one
+            _record_revision(partial, commit)
         if weights_fingerprint(model) != before:
             raise ExportError(
                 "the export changed the weights of the trained model; this is a bug, please report it"
@@ -184,6 +192,7 @@ def export_model(
             comparison=comparison,
             bytes=sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()),
             density=density,
+            base_revision=commit,
         )
         write_card(partial, card or {}, result, prompt=probe_texts[0] if probe_texts else None)
         _write_marker(partial, result)
@@ -304,7 +313,19 @@ def _dtype(model: _Model) -> torch.dtype:
 # ---- writing ----------------------------------------------------------------------------------------------
 
 
-def _save_adapter(model: PeftModel, folder: Path, recorded_base: str | None) -> None:
+def _commit(model: _Model) -> str | None:
+    """Return the exact commit of weights from the Hub, which transformers notes while loading."""
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    return getattr(core.config, "_commit_hash", None)
+
+
+def _record_revision(folder: Path, commit: str | None) -> None:
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config["revision"] = commit
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _save_adapter(model: PeftModel, folder: Path, recorded_base: str | None, commit: str | None) -> None:
     (name,) = _adapter_names(model)
     # the vocabulary was not resized, so PEFT need not look at (or ask the Hub about) the embeddings
     model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
@@ -314,8 +335,7 @@ def _save_adapter(model: PeftModel, folder: Path, recorded_base: str | None) -> 
         (folder / name).rmdir()
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
     config["base_model_name_or_path"] = recorded_base
-    # the exact commit of a base from the Hub, which transformers notes while loading
-    config["revision"] = getattr(model.get_base_model().config, "_commit_hash", None)
+    config["revision"] = commit
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -328,16 +348,19 @@ def _save_weights(model: PreTrainedModel, folder: Path) -> None:
         path.write_text(json.dumps({**config, "use_cache": True}, indent=2, sort_keys=True) + "\n")
 
 
-def _save_delta(model: _Model, folder: Path, base: str, revision: str | None, about: Any) -> float:
+def _save_delta(
+    model: _Model, folder: Path, base: str, revision: str | None, about: Any
+) -> tuple[float, str | None]:
     """Write the weights that differ from the base's, and the trained model's configuration; return their
-    share. The whole model lies on the disk for a moment: the delta is what differs between files."""
+    share, and the commit of a base from the Hub. The whole model lies on the disk for a moment: the delta is
+    what differs between files."""
     whole = folder / ".whole"
     _save_weights(_merged_copy(model) if isinstance(model, PeftModel) else model, whole)
     header = write_delta(base, whole, folder / DELTA_FILE, revision=revision, about=about)
     for path in files_beside(whole):
         path.rename(folder / path.name)
     _remove(whole)
-    return header.density
+    return header.density, header.revision
 
 
 def _cpu_copy(model: _Model, dtype: torch.dtype | None = None) -> _Model:
@@ -461,7 +484,8 @@ def _reload_and_compare(
     probes: Sequence[torch.Tensor],
     trained: Sequence[torch.Tensor],
     base_logits: Sequence[torch.Tensor] | None,
-) -> Comparison:
+) -> tuple[Comparison, str | None]:
+    """Compare, and return also the commit of an adapter's base that came from the Hub."""
     try:
         reloaded = _load_plain(folder, base, live)
         with contextlib.suppress(torch.OutOfMemoryError):  # then the CPU will do
@@ -478,7 +502,7 @@ def _reload_and_compare(
         raise ExportError(
             "the reloaded tokenizer has another vocabulary or chat template than the one in training"
         )
-    return comparison
+    return comparison, None if base is None else _commit(reloaded)
 
 
 def _base_hint(base: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +12,9 @@ import yaml
 from peft import PeftModel
 
 from posttrain.export.card import card_of
-from posttrain.export.export import Format, export_model
-from posttrain.export.push import push
-from posttrain.run.directory import RunDirectory
+from posttrain.export.export import MARKER, Format, export_model
+from posttrain.export.push import can_push
+from posttrain.run.directory import RunDirectory, RunError
 
 
 def publish(
@@ -23,40 +24,61 @@ def publish(
     *,
     run: RunDirectory | None,
     format: Format,
-    push_to: str | None,
-    private: bool,
+    pushing: bool = False,
     probe_texts: Sequence[str] | None = None,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Export a model, verified by reloading it, and upload it if asked.
+    """Export a model, verified by reloading it.
 
     Args:
-        base: Base of a delta; ``model.path`` of the run when None.
+        pushing: Whether it is to be uploaded: an adapter then brings along a base that only this machine has.
+        base: Base of a delta, ``model.path`` of the run when None; or the address of an adapter's base.
 
     Returns:
         ``folder``, ``format``, ``base``, ``base_bundled``, ``dtype``, ``bytes``, ``density``,
-        ``max_difference`` of the reloaded logits, and ``pushed`` (address or None).
+        ``base_revision`` and ``max_difference`` of the reloaded logits.
 
     Raises:
+        RunError: ``base`` was given, and what is exported has none.
         posttrain.export.export.ExportError: See :func:`posttrain.export.export.export_model`.
-        posttrain.export.push.PushError: See :func:`posttrain.export.push.push`.
     """
     settings: dict[str, Any] = {"probe_texts": probe_texts} if probe_texts else {}
     if format == "delta":
         settings |= _delta_settings(run, base)
+    elif base is not None:
+        if not isinstance(model, PeftModel) or format not in ("auto", "adapter"):
+            raise RunError(
+                "--base says what an adapter or a delta is put on, and this export holds all weights: drop "
+                "it, or ask for --format delta"
+            )
+        settings["base_path"] = base
     result = export_model(
         model,
         tokenizer,
         folder,
         format=format,
         card=card_of(run) if run is not None else None,
-        bundle_base=_bundle(model, run, pushing=push_to is not None),
+        bundle_base=False if base is not None else _bundle(model, run, pushing=pushing),
         extras=[] if run is None else sorted(run.modules.glob("*.safetensors")),
         **settings,
     )
-    pushed = push(result.folder, push_to, private=private) if push_to else None
     facts = {key: value for key, value in asdict(result).items() if key != "comparison"}
-    return {**facts, "max_difference": result.comparison.max_difference, "pushed": pushed}
+    return {**facts, "max_difference": result.comparison.max_difference}
+
+
+def ready(source: str, format: str) -> dict[str, Any] | None:
+    """Return what :func:`publish` said about an export that lies in ``source`` and can be uploaded as it is,
+    or None."""
+    folder = Path(source).expanduser()
+    if not can_push(folder):
+        return None
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    if format not in ("auto", marker["format"]):
+        return None
+    names = ("format", "base", "base_bundled", "dtype", "bytes", "density", "base_revision")
+    facts = {name: marker.get(name) for name in names}
+    difference = marker["comparison"]["max_difference"]
+    return {"folder": str(folder.absolute()), **facts, "max_difference": difference}
 
 
 def _delta_settings(run: RunDirectory | None, base: str | None) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from posttrain.data.probe import load_probe
 from posttrain.data.prompts import render
 from posttrain.deep.tokens import token_text
 from posttrain.evaluation.results import Evaluation, compare
+from posttrain.export.push import preflight, push
 from posttrain.models.adapter import build_peft_config
 from posttrain.models.load import is_untrained, load_model
 from posttrain.partitioned import whole_models
@@ -162,6 +163,7 @@ class _Run:
         rewards: Sequence[Reward] = ()
         try:
             # what can be refused is refused before anything is written or computed
+            self.on_main(self._check_push)
             data = load_data(config.data, config.task, hold_out=self._wants_held_out_rows())
             if TASKS[config.task].pairs:
                 for note in data.describe["notes"]:
@@ -210,16 +212,22 @@ class _Run:
         evaluation = self.on_main(lambda: self._compared(before, after, steps))
         exported = self.on_main(lambda: self._exported(trained, train_rows))
         self.on_main(lambda: write_report(self.run.root, self.run.report))
+        pushed = self.on_main(lambda: self._pushed(exported))  # last: all else is done, whatever comes of it
         return RunResult(
             run_dir=str(self.run.root),
             steps=steps,
             report=str(self.run.report),
             evaluation=evaluation,
             export=exported.get("folder"),
-            pushed=exported.get("pushed"),
+            pushed=pushed,
         )
 
     # ---- before anything is written ---------------------------------------------------------------------
+
+    def _check_push(self) -> None:
+        settings = self.config.export
+        if settings is not None and settings.push is not None:
+            preflight(settings.push, private=settings.private)
 
     def _wants_held_out_rows(self) -> bool:
         return self.config.evaluate is not None or self.config.trainer.get("eval_strategy", "no") != "no"
@@ -516,17 +524,22 @@ class _Run:
             Path(settings.dir).expanduser() if settings.dir else self.run.export,
             run=self.run,
             format=settings.format,
-            push_to=settings.push,
-            private=settings.private,
+            pushing=settings.push is not None,
             probe_texts=probe_texts(rows, self.tokenizer),
         )
         self.say(
             f"exported ({done['format']}) to {done['folder']}; reloaded logits differ by at most "
             f"{done['max_difference']:.2g}"
         )
-        if done["pushed"]:
-            self.say(f"pushed to {done['pushed']}")
         return done
+
+    def _pushed(self, exported: dict[str, Any]) -> str | None:
+        settings = self.config.export
+        if settings is None or settings.push is None:
+            return None
+        address = push(exported["folder"], settings.push, private=settings.private)
+        self.say(f"pushed to {address}")
+        return address
 
 
 def probe_texts(rows: Dataset, tokenizer: Any, count: int = 4) -> list[str]:

@@ -17,6 +17,7 @@ from posttrain.data.length import apply_length_policy
 from posttrain.data.load import load_data
 from posttrain.data.prompts import render
 from posttrain.evaluation.results import Evaluation
+from posttrain.export.push import preflight, push
 from posttrain.models.load import load_for_evaluation
 from posttrain.models.scoring import load_scorer
 from posttrain.rewards.pool import VerifierStartError
@@ -29,7 +30,7 @@ from posttrain.run.evaluating import (
     fitting_pairs,
     reference_of,
 )
-from posttrain.run.publish import publish
+from posttrain.run.publish import publish, ready
 
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportConfig.model_fields["format"].annotation)
 
@@ -165,16 +166,22 @@ def export_path(
         to: Target folder. When None: ``RUN/export``, or ``RUN/export-FORMAT`` for a format that was named, so
             that a merged model does not replace the adapter.
         format: One of :data:`EXPORT_FORMATS`.
-        push_to: Hub repository, or None.
+        push_to: Hub repository, or None. An export that lies in ``source`` is uploaded as it is.
         private: Whether a repository that is created is private.
-        base: Base of a delta; ``model.path`` of the run when None.
+        base: Base of a delta, ``model.path`` of the run when None; or the address of an adapter's base.
 
     Returns:
-        See :func:`posttrain.run.publish.publish`.
+        See :func:`posttrain.run.publish.publish`; and ``pushed``: the address on the Hub, or None.
 
     Raises:
         RunError: ``source`` is not a run, and no target folder was given.
+        posttrain.export.push.PushRefusedError: The push cannot work; nothing was exported.
+        posttrain.export.push.PushError: It did not; the export is complete, the message says how to go on.
     """
+    if push_to is not None:
+        preflight(push_to, private=private)
+        if to is None and base is None and (done := ready(str(source), format)) is not None:
+            return {**done, "pushed": push(done["folder"], push_to, private=private)}
     run = run_of(source)
     if run is None and to is None:
         raise RunError(f"{source} does not lie in a run directory: name a target folder with --to")
@@ -195,13 +202,14 @@ def export_path(
     if to is None:
         assert run is not None
         to = run.export if format == "auto" else run.root / f"export-{format}"
-    return publish(
+    done = publish(
         model,
         tokenizer,
         to.expanduser(),
         run=run,
         format=format,  # type: ignore[arg-type]
-        push_to=push_to,
-        private=private,
+        pushing=push_to is not None,
         base=base,
     )
+    pushed = push(done["folder"], push_to, private=private) if push_to is not None else None
+    return {**done, "pushed": pushed}

@@ -232,10 +232,10 @@ def test_pushing_without_a_token(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("posttrain.export.push.get_token", lambda: None)
-    posttrain("train", config())
-    result = posttrain("export", tmp_path / "run", "--push", "someone/model", code=1)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    result = posttrain("train", config({"export": {"push": "someone/model"}}), code=2)
     assert "no access token" in result.stderr
-    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "manifest.json").exists()  # known before anything was trained
 
 
 def test_a_full_disk_outside_a_checkpoint_says_what_to_do(config, monkeypatch):

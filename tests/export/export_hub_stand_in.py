@@ -1,7 +1,8 @@
 """A stand-in for the Hub on the loopback interface: enough of its protocol for create, commit and download.
 
 Written from the requests that huggingface_hub sends. Files that the client asks about are "lfs" when they end
-in .safetensors, else "regular". ``faults`` maps (method, part of the path) to what happens instead.
+in .safetensors, else "regular". There is no Xet. ``faults`` maps (method, part of the path) to what happens
+instead: a status or "drop", or a list of them, one for each of the next requests.
 """
 
 import base64
@@ -37,8 +38,13 @@ class HubStandIn:
     def __init__(self):
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
+        self.lock = threading.Lock()
         self.requests: list[tuple[str, str]] = []
-        self.faults: dict[tuple[str, str], int | str] = {}
+        self.faults: dict[tuple[str, str], int | str | list[int | str]] = {}
+        self.role = "write"
+        self.room: int | None = None  # number of blobs that still fit
+        self.tells_visibility = True
+        self.echo = False  # errors repeat the token
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
@@ -85,22 +91,30 @@ def _handler(hub):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             hub.requests.append((self.command, path))
             for (method, part), fault in hub.faults.items():
-                if method == self.command and part in path:
+                if method == self.command and part in path and fault != []:
+                    if isinstance(fault, list):
+                        fault = fault.pop(0)
                     if fault == "drop":
                         self.close_connection = True
                         self.connection.close()
                         return
-                    self.answer(fault, {"error": "as the test asked"})
+                    told = self.headers.get("Authorization", "") if hub.echo else ""
+                    self.answer(fault, {"error": f"as the test asked {told}".strip()})
                     return
             if path.startswith("/lfs/"):
-                hub.blobs[path.removeprefix("/lfs/")] = body
-                self.answer(200)
+                with hub.lock:
+                    full = hub.room is not None and len(hub.blobs) >= hub.room
+                    if not full:
+                        hub.blobs[path.removeprefix("/lfs/")] = body
+                self.answer(507 if full else 200)
                 return
             if self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 self.fail(401, "", "Invalid credentials in Authorization header")
                 return
             if path == "/api/repos/create":
                 self.create(json.loads(body))
+            elif path == "/api/whoami-v2":
+                self.answer(200, {"name": "user", "auth": {"accessToken": {"role": hub.role}}})
             elif path == "/api/validate-yaml":
                 self.answer(200, {"errors": [], "warnings": []})
             elif path.endswith(".git/info/lfs/objects/batch"):
@@ -158,6 +172,8 @@ def _handler(hub):
                     "sha": repo.sha(branch),
                     "private": repo.private,
                 }
+                if not hub.tells_visibility:
+                    del info["private"]
                 self.answer(200, {**info, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
             elif verb == "tree":
                 entries = [
