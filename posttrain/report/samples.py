@@ -19,6 +19,7 @@ LENGTH = 1200
 """Characters of a text that are shown; longer ones lose their middle."""
 
 _SEARCHED = 5000
+_INDENT = 10
 _STYLES = {
     "correct": "green",
     "wrong": "red",
@@ -172,9 +173,14 @@ def print_samples(rows: Iterable[Mapping[str, Any]], console: Console, *, full: 
             ("answer", row.get("completion"), style),
         ):
             lines = (_readable(value, full) or "(empty)").split("\n")
-            for index, line in enumerate(lines):
-                name = label if index == 0 else ""
-                console.print(Text.assemble((f"  {name:<7} ", "dim"), (line, colour)), soft_wrap=True)
+            # a pipe gets the lines as they are, a terminal long ones wrapped beneath their beginning
+            width = max(20, console.width - _INDENT) if console.is_terminal else None
+            name = label
+            for line in lines:
+                text = Text(line, colour)
+                for part in [text] if width is None else text.wrap(console, width, tab_size=4) or [text]:
+                    console.print(Text.assemble((f"  {name:<7} ", "dim"), part), soft_wrap=True)
+                    name = ""
         console.print()
 
 

@@ -195,6 +195,41 @@ def test_nothing_comes_from_outside_and_nothing_runs(tmp_path: Path) -> None:
     assert any("default-src 'none'" in value for value in found.values("content"))
 
 
+def test_hostile_text_is_text_wherever_it_stands(tmp_path: Path) -> None:
+    name = "<svg onload=alert(1)>\"'&"
+    runs = [
+        make_run(tmp_path / "a" / name.replace("/", "")),
+        make_run(tmp_path / "b" / HOSTILE.replace("/", "")),
+    ]
+    for run in runs:
+        config = {"task": "rlvr", "model": {"path": HOSTILE}, "methods": {name: {HOSTILE: str(run)}}}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        logs = [
+            {"step": step, "loss": 0.5, f"{name}/{HOSTILE}": step, f"rewards/{HOSTILE}": 1} for step in (1, 2)
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+        completion = {
+            "step": 1, "prompt": [{"role": HOSTILE, "content": name}], "completion": name,
+            "rewards": {HOSTILE: HOSTILE}, "advantage": HOSTILE, "status": f'x" style="{HOSTILE}',
+        }  # fmt: skip
+        (run / "completions.jsonl").write_text(json.dumps(completion) + "\n")
+        (run / "manifest.json").write_text(json.dumps({"command": [HOSTILE], "versions": {name: HOSTILE}}))
+        (run / "export" / name).write_text("x")
+        (run / "alarms.jsonl").write_text(json.dumps({"name": HOSTILE, "step": 1, "message": HOSTILE}) + "\n")
+        data = json.loads((run / "evaluation.json").read_text())
+        for side in ("before", "after"):
+            data[side]["metrics"][HOSTILE] = data[side]["metrics"]["pass@1"]
+            data[side]["verdicts"][HOSTILE] = 3
+            data[side]["problems"][0] |= {"prompt": HOSTILE, "gold": name}
+        (run / "evaluation.json").write_text(json.dumps(data))
+    for found in (page(runs[0]), page(runs[1]), page(runs)):
+        assert not {"script", "img"} & set(found.tags)
+        assert not [key for _, key, _ in found.attributes if key.startswith("on")]
+        assert HOSTILE in "".join(found.pieces)
+        assert all(value.startswith(("--m", "flex-grow", "min-width")) for value in found.values("style"))
+        assert all(value.startswith("#") or value == "data:," for value in found.values("href"))
+
+
 def test_sections_can_be_reached_and_charts_have_words(tmp_path: Path) -> None:
     found = page(make_run(tmp_path / "run"))
     ids = found.values("id")

@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -98,6 +100,28 @@ def test_a_terminal_obeys_no_completion():
     shown = printed(row(1, 1, completion="a\x1b[2Jb\x07c\u202ed\ud800e\r\nf"))
     assert "a\\u001b[2Jb\\u0007c\\u202ed\\ud800e\n" in shown
     assert "\x1b" not in shown
+
+
+def test_what_cannot_be_seen_is_spelled_out():
+    hidden = "a\u200bb\u200ec\u2028d\ufeffe\U000e0041f\u2066g\x9bh\x85i"
+    shown = printed(row(1, 1, completion=hidden))
+    assert "a\\u200bb\\u200ec\\u2028d\\ufeffe\\U000e0041f\\u2066g\\u009bh\\u0085i\n" in shown
+    kept = "你好 עברית नमस्ते می\u200cخواهم 👩\u200d💻 end"
+    assert kept in printed(row(1, 1, completion=kept))
+
+
+@pytest.mark.parametrize("length", [9, 11, 60])
+def test_on_a_terminal_long_lines_are_wrapped_beneath_their_beginning(length):
+    out = io.StringIO()
+    console = Console(file=out, width=40, force_terminal=True, color_system=None, highlight=False)
+    words = " ".join(["word", "x" * length, "漢字" * 20, "[bold]", "end"])
+    print_samples([row(1, 1, completion=f"{words}\n\n  indented")], console)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+    answer = plain[plain.index("  answer  word") :].splitlines()
+    assert all(cell_len(line) <= 40 for line in answer)
+    assert {line[:10] for line in answer[1:]} <= {" " * 10, ""}
+    assert "".join(line[10:] for line in answer).replace(" ", "") == words.replace(" ", "") + "indented"
+    assert answer[-2].rstrip() == "            indented"
 
 
 def test_long_texts_lose_their_middle():
