@@ -101,9 +101,7 @@ def reported_errors(go_on: str = "") -> Iterator[list[str]]:
         if is_request_error(error):
             request_error(str(error))
         if type(error).__name__ == "RankFailure":
-            if not error.told:  # type: ignore[attr-defined]
-                stderr().print(f"stopped: {describe(error)}", markup=False)
-            raise typer.Exit(1) from None
+            raise typer.Exit(1) from None  # the watchdog has told it, once per machine
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = f"\nThe disk is full: free space, then {go_on}" if full and go_on else ""

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 
 from posttrain.errors import describe, is_request_error
 from posttrain.run.directory import RunError
 
 T = TypeVar("T")
+
+APPEAR_SECONDS = 10.0
+"""How long a network file system may take to show a new file elsewhere."""
 
 
 class Ranks:
@@ -46,3 +54,32 @@ class Ranks:
             raise RunError(text) if wrong_request else RuntimeError(f"the main process failed: {text}")
         result: T = outcome[0]
         return result
+
+    def require_shared(self, folder: Path) -> None:
+        """Refuse a folder of the main process that is another one, or none, on another machine.
+
+        Checkpoints, weights for the export and the state of every rank lie there; all ranks read them.
+
+        Raises:
+            RunError: A rank does not see what the main process writes; on every rank.
+        """
+        if self.state.num_processes == 1:
+            return
+        with contextlib.ExitStack() as stack:
+
+            def write() -> str:
+                return stack.enter_context(
+                    tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-by-all-")
+                ).name
+
+            written = folder / Path(self.on_main(write)).name
+            until = time.monotonic() + APPEAR_SECONDS
+            while not (there := written.exists()) and time.monotonic() < until:
+                time.sleep(0.05)
+            rank, host = self.state.process_index, socket.gethostname()
+            blind = gather_object([] if there else [f"rank {rank} on {host}"])
+        if blind:
+            raise RunError(
+                f"run_dir {folder} is not the same folder on all machines: {', '.join(blind)} cannot see "
+                "what the main process writes there. Choose a run_dir on a file system that every node mounts"
+            )

@@ -105,6 +105,7 @@ def train(
                 hold_again[0]()
 
         ranks.on_main(begin)
+        ranks.require_shared(run.root.absolute())
         clear = replace if overwrite else None
         job = _Run(config, run, ranks, resume=resume, command=command, clear=clear)
         try:

@@ -10,6 +10,8 @@ from posttrain.watchdog.phases import LIMITS
 
 SILENCE_SECONDS = 20.0
 COLLECTIVE_SECONDS = 900.0
+HEALTHY = 3.0
+"""A stay in a phase of up to this many times the longest so far is a healthy one, whatever the limit."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ def judge(
         contact: When the store last answered.
     """
     others = {rank: peer for rank, peer in peers.items() if rank != me}
+    for peer in others.values():
+        if peer.said["verdict"]:  # one who has stood still learns what the others think of it
+            return Verdict(**peer.said["verdict"])
     for kind in ("failed", "interrupted"):
         for rank, peer in others.items():
             if peer.said["left"] == kind:
@@ -129,7 +134,7 @@ def _late(peers: dict[int, Peer], now: float, limits: Limits) -> Verdict | None:
             continue
         if peer.behind is None:
             peer.behind = now
-        limit = limits.of(peer.said["phase"])
+        limit = _limit(peers, limits, peer.said["phase"])
         if limit is not None and now - peer.behind > limit:
             return Verdict("hung", rank, peer.said, now - peer.behind)
     still = now - max(peer.moved for peer in present.values())
@@ -137,6 +142,14 @@ def _late(peers: dict[int, Peer], now: float, limits: Limits) -> Verdict | None:
     if waiting and limits.collective is not None and still > limits.collective:
         return Verdict("deadlock", -1, {}, still)
     return None
+
+
+def _limit(peers: Mapping[int, Peer], limits: Limits, phase: str) -> float | None:
+    """Return the limit of a phase, given how long ranks have stayed in it so far."""
+    limit = limits.of(phase)
+    if limit is None:
+        return None
+    return max(limit, HEALTHY * max(peer.said["longest"].get(phase, 0.0) for peer in peers.values()))
 
 
 def whereabouts(said: Mapping[str, Any]) -> str:
@@ -193,5 +206,5 @@ def sentence(verdict: Verdict, peers: Mapping[int, Peer], limits: Limits, store:
     return (
         f"{whereabouts(said)} has been in {at_place(said)} for {said['seconds']:.0f} s, and rank {waiting} "
         f"waits for it. Likely {likely}; if it is only slow, raise watchdog.{said['phase']} "
-        f"(now {limits.of(said['phase']):g} s)."
+        f"(now {_limit(peers, limits, said['phase']):g} s)."
     )

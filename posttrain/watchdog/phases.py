@@ -30,8 +30,9 @@ LIMITS: dict[str, float] = {
 """Phases, with the seconds a rank may stay in one without getting on while others wait for it.
 
 Short only where work has time limits of its own: verifiers have (:mod:`posttrain.rewards.pool`), and a reward
-function that takes long beside the others is one that hangs. Generation, saving and evaluation differ between
-ranks by minutes in healthy runs.
+function that takes long beside the others is one that hangs. A phase that took longer before may take longer
+again: :data:`posttrain.watchdog.judging.HEALTHY` times the longest stay of any rank. Generation, saving and
+evaluation differ between ranks by minutes in healthy runs.
 """
 
 
@@ -60,6 +61,7 @@ class Place(NamedTuple):
 
 _place = Place(0, 0, 0, "loading", time.monotonic())
 _beats = 0
+_longest: dict[str, float] = {}
 _mirror: mmap.mmap | None = None
 _MIRROR_BYTES = 128
 
@@ -72,6 +74,11 @@ def place() -> Place:
 def beats() -> int:
     """Return how often :func:`beat` was called."""
     return _beats
+
+
+def longest() -> dict[str, float]:
+    """Return the longest stay in each phase so far, in seconds."""
+    return {name: round(seconds, 1) for name, seconds in list(_longest.items())}
 
 
 def beat() -> None:
@@ -124,7 +131,9 @@ def mirrored(path: Path) -> Place | None:
 
 def _go(chapter: int, step: int, order: int, phase: str) -> None:
     global _place
-    _place = Place(chapter, step, order, phase, time.monotonic())
+    now = time.monotonic()
+    _longest[_place.phase] = max(now - _place.since, _longest.get(_place.phase, 0.0))
+    _place = Place(chapter, step, order, phase, now)
     if _mirror is not None:
         _reflect()
 

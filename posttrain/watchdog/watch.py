@@ -15,8 +15,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,7 @@ _INSTANCES = 0
 
 
 class RankFailure(RuntimeError):
-    """Another rank died, hung or failed; the message says which, where, and how to go on.
-
-    Attributes:
-        told: Whether the message has been printed on this machine, or is another rank's to print.
-    """
-
-    told = False
+    """A rank died, hung or failed; the message, printed already, says which, where, and how to go on."""
 
 
 class Watchdog:
@@ -67,10 +61,9 @@ class Watchdog:
         self.checkpoints, self.go_on = checkpoints, go_on
         self.verdict: Verdict | None = None
         self.message = ""
-        self.told = False
         self._main = threading.main_thread()
         self._me = _identity(rank)
-        self._left = self._error = ""
+        self._left = self._error = self._where = ""
         self._peers: dict[int, Peer] = {}
         self._clock = self._contact = 0.0
         self._beat, self._lock = 0, threading.RLock()
@@ -84,6 +77,7 @@ class Watchdog:
         self._seen: tuple[int, ...] = ()
         self._seen_at = self._armed = 0.0
         self._hurry = threading.Event()
+        self._exchanges = 0
         self._explaining = False
 
     # ---- life -------------------------------------------------------------------------------------------
@@ -148,11 +142,12 @@ class Watchdog:
             "phase": place.phase,
             "step": place.step,
             "seconds": time.monotonic() - place.since,
+            "longest": phases.longest(),
             "waiting": waiting,
-            "where": where,
+            "where": self._where or where,
             "left": self._left,
             "error": self._error,
-            "knows": self.verdict is not None,
+            "verdict": None if self.verdict is None else asdict(self.verdict),
         }
 
     def _exchange(self) -> None:
@@ -174,6 +169,7 @@ class Watchdog:
                     self._contact = -1e9
                 return
             with self._lock:
+                self._exchanges += 1
                 self._contact = self._clock
                 update(self._peers, said, self._clock)
             if over:
@@ -182,6 +178,7 @@ class Watchdog:
                 self._ended.wait(0.2)
             else:
                 self._hurry.wait(interval)
+                self._hurry.clear()
 
     # ---- judging ----------------------------------------------------------------------------------------
 
@@ -194,7 +191,7 @@ class Watchdog:
             last = now
             if self._stacks is not None and self._clock - self._armed > 1:
                 self._armed = self._clock
-                faulthandler.dump_traceback_later(max(1.0, 0.7 * self.limits.silence), file=self._stacks)
+                faulthandler.dump_traceback_later(max(1.0, 0.5 * self.limits.silence), file=self._stacks)
             if self.world == 1 or self._store is None:
                 self._name_slow()
                 continue
@@ -202,6 +199,13 @@ class Watchdog:
                 continue
             with self._lock:
                 verdict = self._judge()
+            if verdict is not None and verdict.kind == "gone":
+                # it may have said why, and the others may know more, since the store was last read
+                exchanges = self._exchanges
+                self._hurry.set()
+                self._await(lambda now=exchanges: self._exchanges > now, 3.0)
+                with self._lock:
+                    verdict = self._judge()
             if verdict is not None:
                 self.verdict = verdict = self._precisely(verdict)
                 self._hurry.set()
@@ -218,18 +222,18 @@ class Watchdog:
 
     def _precisely(self, verdict: Verdict) -> Verdict:
         """Take the place of a rank that is gone from its mirror: what it last said is up to a second old."""
-        if verdict.kind != "gone":
+        if verdict.kind not in ("gone", "silent") or verdict.said["machine"] != self._me["machine"]:
             return verdict
-        path = Path(verdict.said["mirror"])
-        place = phases.mirrored(path)
-        for name in ("mirror", "frozen"):
-            Path(verdict.said[name]).unlink(missing_ok=True)
+        place = phases.mirrored(Path(verdict.said["mirror"]))
+        if verdict.kind == "gone":
+            for name in ("mirror", "frozen"):
+                Path(verdict.said[name]).unlink(missing_ok=True)
         if place is None:
             return verdict
         said = {**verdict.said, "phase": place.phase, "step": place.step, "position": list(place.position)}
         if said["position"] != verdict.said["position"]:
             said["where"] = ""
-        said["seconds"] = max(0.0, time.monotonic() - place.since - verdict.seconds)
+        said["seconds"] = max(0.0, time.monotonic() - place.since)
         return replace(verdict, said=said)
 
     def _name_slow(self) -> None:
@@ -255,22 +259,25 @@ class Watchdog:
         """Write stacks and the reason down, let the main thread go, and end the process where it does not."""
         stack = None
         if verdict.kind in ("hung", "deadlock", "silent"):
-            stack = self._dump("stack")
+            cause = self.folder / f"stack_rank{verdict.rank}.txt"
+            if verdict.kind == "silent" and verdict.rank == self.rank:  # where it stood still is over by now
+                stack = cause
+            else:
+                stack = self._dump("stack")
             if verdict.rank not in (self.rank, -1):
                 self._await_knowledge(verdict.rank)
-                stack = self.folder / f"stack_rank{verdict.rank}.txt"
-                if verdict.kind == "silent":
-                    self._fetch_frozen(verdict.said, stack)
+                stack = cause
+            if verdict.kind == "silent":
+                self._fetch_frozen(verdict.said, cause)
         with self._lock:
             self.message = self._text(verdict, stack)
         self._write(verdict)
+        self.tell()
         self._await_everyone()
-        if verdict.rank != self.rank:
-            self._ended.wait(2.0)
+        self._ended.wait(2.0)  # the main thread may come out by itself, and the others may speak first
         if self._stuck():
             signal.pthread_kill(self._main.ident, signal.SIGINT)  # type: ignore[arg-type]
         if not self._ended.wait(GRACE_SECONDS):
-            self.tell()
             os._exit(1)
 
     def _stuck(self) -> bool:
@@ -286,6 +293,7 @@ class Watchdog:
             text += f" Its Python stack: {stack}." if verdict.rank >= 0 else f" Stacks: {self.folder}."
         newest = newest_checkpoint(self.checkpoints)
         kept = f"the newest checkpoint is {newest.name}" if newest else "no checkpoint was written yet"
+        text = text if text.endswith((".", "!", "?")) else f"{text}."
         return f"{text} The run stops; {kept}, {self.go_on}."
 
     def _write(self, verdict: Verdict) -> None:
@@ -333,7 +341,7 @@ class Watchdog:
 
     def _await_knowledge(self, rank: int) -> None:
         """Give a rank the time to write its stack."""
-        self._await(lambda: self._peers[rank].said["knows"], 4.0)
+        self._await(lambda: self._peers[rank].said["verdict"], 4.0)
         time.sleep(0.3)
 
     def _await_everyone(self) -> None:
@@ -343,7 +351,8 @@ class Watchdog:
             with self._lock:
                 others = [peer for rank, peer in self._peers.items() if rank != self.rank]
                 return all(
-                    peer.said["knows"] or peer.said["left"] or self._clock - peer.heard > 2 for peer in others
+                    peer.said["verdict"] or peer.said["left"] or self._clock - peer.heard > 2
+                    for peer in others
                 )
 
         self._await(seen, 3.0)
@@ -371,13 +380,10 @@ class Watchdog:
                     time.sleep(0.05)
             if self.verdict.kind == "interrupted":
                 return error if interrupted else KeyboardInterrupt()
-            failure = RankFailure(self.message)
-            failure.told = not self._speaks()
-            self.told = True
-            return failure
+            return RankFailure(self.message)
         from posttrain.errors import describe
 
-        self._error = describe(error)
+        self._error, self._where = describe(error), _outside_libraries(traceback.walk_tb(error.__traceback__))
         self._left = "interrupted" if interrupted else "failed"
         self._hurry.set()
         if not interrupted:
@@ -399,22 +405,22 @@ class Watchdog:
         """Whether this rank prints for its machine: the first that is alive and not the cause."""
         assert self.verdict is not None
         with self._lock:
-            here = [
-                rank
+            here = {
+                rank: rank == self.rank or _alive(peer.said)
                 for rank, peer in self._peers.items()
                 if peer.said["machine"] == self._me["machine"]
-                and rank != self.verdict.rank
-                and (rank == self.rank or _alive(peer.said))
-            ]
-            cause = self._peers.get(self.verdict.rank)
-        if self.verdict.kind == "failed" and cause and cause.said["machine"] == self._me["machine"]:
+            }
+        if self.verdict.kind == "failed" and self.verdict.rank in here:
             return False  # it prints its error itself
-        return not here or min(here) == self.rank
+        others = [rank for rank in here if rank != self.verdict.rank]
+        if self.rank == self.verdict.rank:
+            return not others  # they have spoken, though they may have ended since
+        return min(rank for rank in others if here[rank]) == self.rank
 
     def tell(self) -> None:
-        """Print the message, from the thread that ends the process."""
-        if not self.told and self._speaks():
-            self.told = True
+        """Print the message, once per machine."""
+        assert self.verdict is not None
+        if self.verdict.kind != "interrupted" and self._speaks():
             sys.stderr.write(f"stopped: {self.message}\n")
             sys.stderr.flush()
 
@@ -439,6 +445,7 @@ def watching(
         folder, limits, rank=rank, world=world, checkpoints=checkpoints, go_on=go_on
     )
     watchdog.start()
+    restore = _heard_signals() if world > 1 else None
     try:
         yield
         watchdog.done()
@@ -450,6 +457,24 @@ def watching(
     finally:
         _CURRENT = None
         watchdog.stop()
+        if restore is not None:
+            restore()
+
+
+def _heard_signals() -> Callable[[], object] | None:
+    """Make SIGTERM, with which launchers end the others, an exception where it ends without a word."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        return None
+
+    def terminated(number: int, frame: Any) -> None:
+        del number, frame
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt("SIGTERM")
+
+    signal.signal(signal.SIGTERM, terminated)
+    return lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def is_collective_error(error: BaseException) -> bool:
@@ -514,15 +539,20 @@ def _alive(said: Mapping[str, Any]) -> bool:
 
 def _main_thread(main: threading.Thread) -> tuple[bool, str]:
     """Return whether the main thread is inside a collective, and the innermost place outside of libraries."""
-    frame = sys._current_frames().get(main.ident or 0)
-    waiting, where = False, ""
-    for current, line in traceback.walk_stack(frame):
-        path = current.f_code.co_filename
-        if path.endswith(("distributed_c10d.py", "torch/distributed/utils.py")):
-            waiting = True
-        if not where and "site-packages" not in path and not path.startswith((_STDLIB, "<")):
-            where = f"{current.f_code.co_name} ({Path(path).name}:{line})"
-    return waiting, where
+    stack = list(traceback.walk_stack(sys._current_frames().get(main.ident or 0)))
+    waiting = any(frame.f_code.co_filename.endswith(_COLLECTIVES) for frame, _ in stack)
+    return waiting, _outside_libraries(reversed(stack))
+
+
+def _outside_libraries(stack: Iterable[tuple[Any, int]]) -> str:
+    """Return the last place of a stack, innermost last, in code that is not of a library."""
+    where = ""
+    for frame, line in stack:
+        path = frame.f_code.co_filename
+        if "site-packages" not in path and not path.startswith((_STDLIB, "<")):
+            where = f"{frame.f_code.co_name} ({Path(path).name}:{line})"
+    return where
 
 
 _STDLIB = str(Path(os.__file__).parent)
+_COLLECTIVES = ("distributed_c10d.py", "torch/distributed/utils.py")

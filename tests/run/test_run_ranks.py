@@ -17,10 +17,11 @@ SMALL = {"warm_start": {"trainer": {"max_steps": 8, "per_device_train_batch_size
 PER_RANK = {"trainer": {"per_device_train_batch_size": 8, "save_total_limit": 3}}
 
 
-def launch(folder: Path, *arguments, ranks=2):
+def launch(folder: Path, *arguments, ranks=2, apart=False):
     """Run a verb on ``ranks`` processes; return (exit codes by rank, stdout, stderr).
 
-    torchrun's own exit code says only that some process failed, so each rank writes down its own.
+    torchrun's own exit code says only that some process failed, so each rank writes down its own. Ranks
+    that are apart have a working directory each, as nodes without a common file system.
     """
     folder.mkdir(exist_ok=True)
     entry = folder / "entry.py"
@@ -28,6 +29,9 @@ def launch(folder: Path, *arguments, ranks=2):
         "import os, sys\n"
         "from pathlib import Path\n"
         "from posttrain.cli import app\n"
+        f"here = Path({str(folder)!r}, os.environ['RANK'] if {apart} else '')\n"
+        "here.mkdir(exist_ok=True)\n"
+        "os.chdir(here)\n"
         f"code = Path({str(folder)!r}) / f\"code-{{os.environ['RANK']}}\"\n"
         "try:\n"
         "    app(sys.argv[1:], prog_name='posttrain')\n"
@@ -55,6 +59,15 @@ def two_ranks(tmp_path_factory):
     codes, out, err = launch(folder, "train", config, "--json")
     assert codes == [0, 0], err[-4000:]
     return folder, out, err
+
+
+def test_ranks_that_do_not_see_the_run_directory_are_refused(tmp_path):
+    config = write_config(tmp_path, "run", SMALL, PER_RANK)
+    codes, _, err = launch(tmp_path / "nodes", "train", config, apart=True)
+    assert codes == [2, 2], err[-4000:]
+    assert "run is not the same folder on all machines: rank 1 on" in err
+    assert err.count("Choose a run_dir on a file system that every node mounts") == 1
+    assert not list((tmp_path / "nodes").glob("*/run/*"))
 
 
 def test_one_process_writes(two_ranks):

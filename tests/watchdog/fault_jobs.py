@@ -66,7 +66,7 @@ class Job:
             assert time.monotonic() < end, self.text[-5000:]
             time.sleep(0.001)
 
-    def ended(self, seconds: float = 110) -> int:
+    def ended(self, seconds: float = 240) -> int:
         """Return the exit code of the launcher; the cap is a generous one."""
         return self.process.wait(seconds)
 

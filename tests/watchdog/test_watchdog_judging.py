@@ -27,10 +27,12 @@ class Ranks:
                 "phase": "backward",
                 "step": 7,
                 "seconds": 0.0,
+                "longest": {},
                 "waiting": False,
                 "where": "",
                 "left": "",
                 "error": "",
+                "verdict": None,
             }
             for rank in range(3)
         }
@@ -126,6 +128,16 @@ def test_slow_phases_have_long_limits_and_progress_starts_them_anew(ranks):
     ranks.says(1, beats=1)
     assert ranks.run(1700) is None
     assert ranks.run(200).kind == "hung"
+
+
+def test_what_took_long_before_may_take_long_again(ranks):
+    ranks.says(1, phase="rewards")
+    ranks.says(2, phase="backward", waiting=True, longest={"rewards": 30.0})
+    ranks.says(0, waiting=True)
+    assert ranks.run(85) is None  # 40 s is the limit of one that has not been seen
+    verdict = ranks.run(10)
+    assert (verdict.kind, verdict.rank) == ("hung", 1)
+    assert "(now 90 s)" in sentence(verdict, ranks.peers, ranks.limits, "")
 
 
 def test_a_limit_of_none_never_stops():
