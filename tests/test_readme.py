@@ -64,6 +64,14 @@ def test_every_verb_of_the_table_exists(verb):
     assert "Usage" in done.stdout
 
 
+def test_its_pictures_are_there_and_light():
+    found = re.findall(r'(?:srcset|src)="([^"]+)"', README)
+    assert len(found) == 2
+    for name in found:
+        assert (ROOT / name).read_bytes().startswith(b"\x89PNG"), name
+        assert (ROOT / name).stat().st_size < 200_000, name
+
+
 def test_every_file_it_names_exists():
     for name in set(re.findall(r"`((?:posttrain|scripts|configs|recipes|tests)/[\w./]+)`", README)):
         assert (ROOT / name).exists(), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from posttrain.report import evaluation
@@ -31,8 +30,3 @@ def findings(run: Run) -> list[Finding]:
     )  # fmt: skip
     found = [Finding("evaluation", "warning", text, "", advice) for text, advice in evaluation.alarms(run)]
     return ordered([*found, *(finding for check in checks for finding in check(patient))])
-
-
-def worst(found: Sequence[Finding]) -> str:
-    """Return the gravest severity among findings, ``note`` for none."""
-    return found[0].severity if found else "note"

@@ -11,7 +11,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
@@ -20,6 +20,9 @@ from posttrain.report import curves, evaluation, several
 from posttrain.report.charts import number, series
 from posttrain.report.findings import findings
 from posttrain.report.load import Run, as_dict, read_run
+
+if TYPE_CHECKING:
+    from posttrain.doctor.finding import Finding
 
 _HERE = Path(__file__).parent
 # control characters are not allowed in HTML: show their pictures (U+2400 and following) instead
@@ -76,7 +79,7 @@ def render(runs: Sequence[Run]) -> str:
         css=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         runs=runs,
         views=views,
-        findings=[(run, findings(run)) for run in runs],
+        findings=[(run, _shown(findings(run), alone=len(runs) == 1)) for run in runs],
         notes=[(run, run.notes + curves.missing(run)) for run in runs],
         groups=curves.build(runs),
         overlay=evaluation.overlay(runs) if len(runs) > 1 else [],
@@ -90,6 +93,11 @@ def render(runs: Sequence[Run]) -> str:
         facts=facts,
         command=command,
     )
+
+
+def _shown(found: Sequence[Finding], *, alone: bool) -> list[Finding]:
+    """Return what is shown: beside other runs no notes, which would crowd out the comparison."""
+    return [finding for finding in found if alone or finding.severity != "note"]
 
 
 def token_rows(run: Run) -> list[dict[str, Any]]:

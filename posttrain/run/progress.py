@@ -36,7 +36,7 @@ _SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "groups/useful": ("useful", _SHARE),
     "rewards/accuracies": ("preferences", _NUMBER),
     "rewards/margins": ("margin", _NUMBER),
-    "mean_token_accuracy": ("accuracy", _NUMBER),
+    "mean_token_accuracy": ("token accuracy", _NUMBER),
     "accuracy": ("preferences", _NUMBER),
     "margin": ("margin", _NUMBER),
     "completions/mean_length": ("length", _NUMBER),
