@@ -17,7 +17,10 @@ OLDEST, NEWEST = "0.31.0", "0.31.99"
 """Releases of vLLM whose loader our sync relies on, and that TRL accepts."""
 
 _TIGHT = 0.8
-_FOR_CPU = "bash scripts/setup_vllm_cpu.sh, then run with .venv-vllm/bin/python -m posttrain"
+_FOR_CPU = (
+    "no NVIDIA GPU is seen here: use_vllm: false samples with transformers, and for a small model on Linux "
+    "vLLM runs on the CPU after bash scripts/setup_vllm_cpu.sh, with .venv-vllm/bin/python -m posttrain"
+)
 _FOR_GPU = "pip install 'posttrain[vllm]'"
 
 

@@ -271,7 +271,7 @@ class LiPO(Method):
     """LiPO: one ranking loss over the scores of all responses to a prompt."""
 
     name = "lipo"
-    title = "LiPO"
+    title = "LiPO: one ranking loss over all answers to a prompt"
     paper = "2402.01878"
     replaces_loss = True
 

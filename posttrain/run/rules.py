@@ -175,7 +175,11 @@ def clipped_completions(history: History, limits: Limits) -> tuple[str, str] | N
 
 def dead_groups(history: History, limits: Limits) -> tuple[str, str] | None:
     """Most groups have nothing to learn from."""
-    now, reward = history.now("frac_reward_zero_std", limits.patience), history.now("reward", limits.patience)
+    name = "frac_reward_zero_std"
+    now, reward = history.now(name, limits.patience), history.now("reward", limits.patience)
+    if now is None and history.start(name, limits.patience) == 1:
+        # not one group that differs: no need to wait for more
+        now, reward = 1.0, history.start("reward", limits.patience)
     if now is None or now <= limits.dead_groups:
         return None
     level = "" if reward is None else f" at a mean reward of {reward:.3g}"

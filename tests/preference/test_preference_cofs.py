@@ -138,14 +138,14 @@ def test_dora_is_refused():
 
 
 @pytest.mark.slow
-def test_the_recipe_tells_what_each_domain_leaves(tmp_path):
+def test_the_script_tells_what_each_domain_leaves(tmp_path):
     support.model(max_position_embeddings=512).save_pretrained(tmp_path / "base")
     support.tokenizer().save_pretrained(tmp_path / "base")
     for name, file in (("tinystories_pairs", "train"), ("instruct_pref", "train"), ("hh_harmless", "pairs")):
         (tmp_path / name).mkdir()
         data = pairs.rows(90)
         data.to_json(tmp_path / name / f"{file}.jsonl")
-    command = [sys.executable, str(ROOT / "recipes" / "online_preference.py"), "--steps", "2"]
+    command = [sys.executable, str(ROOT / "scripts" / "evidence" / "online_preference.py"), "--steps", "2"]
     command += ["--model", str(tmp_path / "base"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

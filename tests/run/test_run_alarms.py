@@ -113,6 +113,18 @@ def test_entropy_of_a_preference_run_has_advice_of_its_own():
     assert "epsilon_high" not in advice
 
 
+def test_a_reward_that_tells_nothing_apart_is_named_within_its_first_logs():
+    alarms = Alarms(None, Limits())
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0)
+    for _ in range(Limits().patience):
+        assert not alarms.raised
+        state.global_step += 1
+        alarms.on_log(None, state, None, logs=HEALTHY | {"frac_reward_zero_std": 1.0, "reward": 1.0})
+    assert list(alarms.raised) == ["dead_groups"]
+    assert "100% of the groups" in alarms.raised["dead_groups"].message
+    assert "constant reward" in alarms.raised["dead_groups"].advice
+
+
 def test_a_healthy_run_is_quiet():
     assert (
         raised({}, {"reward": 0.8, "entropy": 0.5, "completions/mean_length": 90, "eval_reward": 0.7}) == {}

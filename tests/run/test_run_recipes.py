@@ -102,20 +102,33 @@ def assert_same_table(shown, verb, metrics):
             assert column(shown, part, metric) == pytest.approx(expected, abs=6e-4), (part, metric)
 
 
-def test_continual_recipe_keeps_to_its_configurations(tmp_path):
-    recipe = (ROOT / "recipes" / "continual.py").read_text()
-    for name in ("words", "sums"):
-        config = load_run_config(ROOT / "configs" / "continual" / f"{name}.yaml")
-        assert config.data.source in recipe
-        assert f"{config.data.train.size:_}" in recipe or str(config.data.train.size) in recipe
-    small = small_copy(
-        "continual.py", tmp_path, {'train={"size": 20_000, "seed": 0}': 'train={"size": 200, "seed": 0}'}
-    )
-    small.write_text(small.read_text().replace('eval={"size": 200}', 'eval={"size": 8}'))
-    lines = run(small, "--steps", 2).splitlines()
+def test_continual_recipe_equals_its_configurations(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    numbers = {}
+    for name, smaller in (("words", 3), ("sums", 2)):
+        full = load_run_config(ROOT / "configs" / "continual" / f"{name}.yaml")
+        train = f'train={{"size": {full.data.train.size:_}, "seed": 0}}'.replace("1_500", "1500")
+        numbers[train] = 'train={"size": 200, "seed": 0}'
+        numbers[f'"{name}": {full.trainer["max_steps"]}'] = f'"{name}": {smaller}'
+    recipe = small_copy("continual.py", tmp_path, numbers)
+    recipe.write_text(recipe.read_text().replace('eval={"size": 200}', 'eval={"size": 8}'))
+    lines = run(recipe, "--out", tmp_path / "recipe").splitlines()
     assert [line.rpartition(":")[0] for line in lines if line.startswith("after")] == [
         "after words", "after words", "after sums", "after sums",
     ]  # fmt: skip
+    for name, smaller in (("words", 3), ("sums", 2)):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"extends: {ROOT}/configs/continual/{name}.yaml\ntrainer: {{max_steps: {smaller}}}\n"
+            "data: {train: {size: 200}, eval: {size: 8}}\n"
+        )
+    verb = ("continual", tmp_path / "sums.yaml", "--base", tmp_path / "words.yaml", "--seeds", 1)
+    posttrain(*verb, "--arm", "hft:selection=hft", "--out", tmp_path / "verb")
+    for task, place in (("words", "base/seed-0"), ("sums", "hft/seed-0/round-0")):
+        assert_same(
+            load_file(tmp_path / "verb" / place / "export" / "model.safetensors"),
+            load_file(tmp_path / "recipe" / task / "model.safetensors"),
+            task,
+        )
 
 
 STORIES = ROOT.parent / "shared" / "data" / "tinystories_pairs"

@@ -1,6 +1,6 @@
 """A stream of preference domains: what DPO, OFS-DPO and COFS-DPO learn of each, and what they keep.
 
-    python recipes/online_preference.py
+    python scripts/evidence/online_preference.py
 
 ``dpo`` and ``ofs`` go from domain to domain with one adapter. ``cofs`` learns every domain from the base with
 OFS-DPO and combines what came out, with coefficients fitted on a few held-out pairs of each domain seen so
@@ -31,7 +31,7 @@ parser.add_argument("--steps", type=int, default=40, help="steps per domain")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--arms", nargs="+", default=["dpo", "ofs", "cofs"])
 parser.add_argument("--alpha", type=float, default=0.1, help="weight of the chase")
-parser.add_argument("--out", type=Path, default=Path("runs/recipe_online_preference"))
+parser.add_argument("--out", type=Path, default=Path("runs/evidence/online_preference"))
 options = parser.parse_args()
 
 torch.set_num_threads(1)  # more threads only get in each other's way at this size

@@ -1,6 +1,7 @@
 """Ranked lists for LiPO: K sampled continuations of every prompt of a configuration, scored by its reward.
 
-    python recipes/preference_lists.py configs/preference/dpo_stories.yaml --out runs/evidence/lists.jsonl
+    python scripts/evidence/preference_lists.py configs/preference/dpo_stories.yaml \\
+        --out runs/evidence/lists.jsonl
 
 Each line has ``prompt``, ``completions`` and ``scores`` in [0, 1], as methods.lipo reads them. The same
 configuration, model and seed give the same file. Lists whose scores are all equal are left out and counted.
