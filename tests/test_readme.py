@@ -195,10 +195,8 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
 
 
 def test_the_table_of_verbs_is_whole():
-    for name in ORDER:
-        assert f"| `posttrain {name}" in README or f"`posttrain {name} " in README, name
-    for name, _ in re.findall(r"^\| `posttrain ([a-z][\w-]*)( [A-Z\[-]|`)", README, re.M):
-        assert name in ORDER, name
+    table = README.partition("| verb | what it does |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `posttrain ([a-z][\w-]*)", table, re.M)) == set(ORDER)
 
 
 def test_the_keys_for_those_who_come_from_elsewhere_exist():
