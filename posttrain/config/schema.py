@@ -391,7 +391,8 @@ class WarmStartConfig(Section):
 class WatchdogConfig(Section):
     """When a run of several processes stops because one of them is lost: limits in seconds, null for never.
 
-    The limit of a phase counts while the other ranks wait. See :mod:`posttrain.watchdog`.
+    The limit of a phase counts while the other ranks wait, and is at least three times the longest that a
+    rank has worked in it so far. See :mod:`posttrain.watchdog`.
     """
 
     enabled: bool = Field(default=True, description="false: ranks that die or hang are not noticed.")

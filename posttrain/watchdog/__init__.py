@@ -8,7 +8,9 @@ could hang. Every rank judges all of them (:mod:`posttrain.watchdog.judging`):
 - **silent**: nothing was heard of it for ``silence`` seconds: its machine or network is down, or something
   holds the whole process (a stop signal, native code that keeps the interpreter).
 - **hung**: it is alive, but stays in one phase for longer than the limit of that phase while others wait for
-  it. A rank waits when it is ahead, or inside a collective while another at the same place is not.
+  it. A rank waits when it is ahead, or inside a collective while another at the same place is not. A phase
+  that is slow in this run may go on being so: the limit is at least three times the longest that a rank has
+  worked in it.
 - **failed**: it raised; its error is passed on, instead of the broken connection that the others see.
 - **deadlock**: all wait in collectives, and nothing has moved for ``collective`` seconds.
 

@@ -11,7 +11,7 @@ from posttrain.watchdog.phases import LIMITS
 SILENCE_SECONDS = 20.0
 COLLECTIVE_SECONDS = 900.0
 HEALTHY = 3.0
-"""A stay in a phase of up to this many times the longest so far is a healthy one, whatever the limit."""
+"""Work in a phase of up to this many times the longest of this run so far is healthy, whatever the limit."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,19 @@ class Limits:
 
 @dataclass
 class Peer:
-    """What a rank has last said, and when that changed on this rank's clock."""
+    """What a rank has last said, and when that changed on this rank's clock.
+
+    Attributes:
+        worked: Seconds in the present phase before it began to wait for others, as far as heard.
+        longest: The most of that in phases it has left.
+    """
 
     said: dict[str, Any]
     heard: float
     moved: float
     behind: float | None = None
+    worked: float = 0.0
+    longest: dict[str, float] = field(default_factory=dict)
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -81,6 +88,12 @@ def update(peers: dict[int, Peer], said: Mapping[int, dict[str, Any]], now: floa
             peer.heard = now
         if (message["position"], message["beats"]) != (peer.said["position"], peer.said["beats"]):
             peer.moved, peer.behind = now, None
+        if message["position"] != peer.said["position"]:
+            left = peer.said["phase"]
+            peer.longest[left] = max(peer.worked, peer.longest.get(left, 0.0))
+            peer.worked = 0.0
+        if not message["waiting"]:
+            peer.worked = message["seconds"]
         peer.said = message
 
 
@@ -145,11 +158,13 @@ def _late(peers: dict[int, Peer], now: float, limits: Limits) -> Verdict | None:
 
 
 def _limit(peers: Mapping[int, Peer], limits: Limits, phase: str) -> float | None:
-    """Return the limit of a phase, given how long ranks have stayed in it so far."""
+    """Return the limit of a phase, given how long ranks have worked in it so far."""
     limit = limits.of(phase)
     if limit is None:
         return None
-    return max(limit, HEALTHY * max(peer.said["longest"].get(phase, 0.0) for peer in peers.values()))
+    took = [peer.longest.get(phase, 0.0) for peer in peers.values()]
+    took += [peer.worked for peer in peers.values() if peer.waiting and peer.said["phase"] == phase]
+    return max(limit, HEALTHY * max(took))
 
 
 def whereabouts(said: Mapping[str, Any]) -> str:
@@ -206,5 +221,5 @@ def sentence(verdict: Verdict, peers: Mapping[int, Peer], limits: Limits, store:
     return (
         f"{whereabouts(said)} has been in {at_place(said)} for {said['seconds']:.0f} s, and rank {waiting} "
         f"waits for it. Likely {likely}; if it is only slow, raise watchdog.{said['phase']} "
-        f"(now {_limit(peers, limits, said['phase']):g} s)."
+        f"(now {_limit(peers, limits, said['phase']):.0f} s)."
     )

@@ -31,8 +31,8 @@ LIMITS: dict[str, float] = {
 
 Short only where work has time limits of its own: verifiers have (:mod:`posttrain.rewards.pool`), and a reward
 function that takes long beside the others is one that hangs. A phase that took longer before may take longer
-again: :data:`posttrain.watchdog.judging.HEALTHY` times the longest stay of any rank. Generation, saving and
-evaluation differ between ranks by minutes in healthy runs.
+again: :data:`posttrain.watchdog.judging.HEALTHY` times the longest that a rank has worked in it. Generation,
+saving and evaluation differ between ranks by minutes in healthy runs.
 """
 
 
@@ -61,7 +61,6 @@ class Place(NamedTuple):
 
 _place = Place(0, 0, 0, "loading", time.monotonic())
 _beats = 0
-_longest: dict[str, float] = {}
 _mirror: mmap.mmap | None = None
 _MIRROR_BYTES = 128
 
@@ -74,11 +73,6 @@ def place() -> Place:
 def beats() -> int:
     """Return how often :func:`beat` was called."""
     return _beats
-
-
-def longest() -> dict[str, float]:
-    """Return the longest stay in each phase so far, in seconds."""
-    return {name: round(seconds, 1) for name, seconds in list(_longest.items())}
 
 
 def beat() -> None:
@@ -131,9 +125,7 @@ def mirrored(path: Path) -> Place | None:
 
 def _go(chapter: int, step: int, order: int, phase: str) -> None:
     global _place
-    now = time.monotonic()
-    _longest[_place.phase] = max(now - _place.since, _longest.get(_place.phase, 0.0))
-    _place = Place(chapter, step, order, phase, now)
+    _place = Place(chapter, step, order, phase, time.monotonic())
     if _mirror is not None:
         _reflect()
 

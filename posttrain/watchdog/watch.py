@@ -142,7 +142,6 @@ class Watchdog:
             "phase": place.phase,
             "step": place.step,
             "seconds": time.monotonic() - place.since,
-            "longest": phases.longest(),
             "waiting": waiting,
             "where": self._where or where,
             "left": self._left,

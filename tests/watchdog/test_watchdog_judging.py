@@ -27,7 +27,6 @@ class Ranks:
                 "phase": "backward",
                 "step": 7,
                 "seconds": 0.0,
-                "longest": {},
                 "waiting": False,
                 "where": "",
                 "left": "",
@@ -107,7 +106,7 @@ def test_without_the_store_nobody_else_is_blamed(ranks):
 def test_a_rank_that_hangs_while_others_wait_is_stopped_at_the_limit_of_its_phase(ranks, ahead):
     for rank in (0, 1, 2):
         ranks.says(rank, phase="rewards")
-    ranks.run(1000)  # all are in it: that is not hanging
+    assert ranks.run(10) is None
     ranks.says(0, **ahead)
     ranks.says(2, **ahead)
     assert ranks.run(phases.LIMITS["rewards"]) is None
@@ -115,7 +114,7 @@ def test_a_rank_that_hangs_while_others_wait_is_stopped_at_the_limit_of_its_phas
     assert (verdict.kind, verdict.rank) == ("hung", 1)
     assert verdict.seconds < 60  # within a minute, by default
     text = sentence(verdict, ranks.peers, ranks.limits, "")
-    assert "rank 1 (host host1, pid 101) has been in 'rewards' of step 7 for 10" in text
+    assert "rank 1 (host host1, pid 101) has been in 'rewards' of step 7 for 52 s," in text
     assert "rank 0, 2 waits for it" in text
     assert "raise watchdog.rewards (now 40 s)" in text
 
@@ -130,14 +129,34 @@ def test_slow_phases_have_long_limits_and_progress_starts_them_anew(ranks):
     assert ranks.run(200).kind == "hung"
 
 
-def test_what_took_long_before_may_take_long_again(ranks):
-    ranks.says(1, phase="rewards")
-    ranks.says(2, phase="backward", waiting=True, longest={"rewards": 30.0})
+def test_what_took_long_before_may_take_long_again_but_waiting_does_not_count(ranks):
+    ranks.says(2, phase="rewards", seconds=0.0, position=[1, 7, 4])
+    ranks.says(0, phase="rewards", seconds=0.0, position=[1, 7, 4])
+    assert ranks.run(5) is None
+    ranks.says(0, waiting=True)  # for rank 2, within the phase
+    assert ranks.run(25) is None
+    assert ranks.peers[0].worked == 5.0
+    for rank in range(3):
+        ranks.says(rank, phase="backward", seconds=0.0, position=[1, 7, 5])
+    ranks.run(1)
+    assert [ranks.peers[rank].longest.get("rewards") for rank in range(3)] == [5.0, None, 30.0]
     ranks.says(0, waiting=True)
-    assert ranks.run(85) is None  # 40 s is the limit of one that has not been seen
+    ranks.says(2, waiting=True)
+    ranks.says(1, phase="rewards")
+    assert ranks.run(85) is None  # 40 s is the limit of rewards that were fast so far
     verdict = ranks.run(10)
     assert (verdict.kind, verdict.rank) == ("hung", 1)
     assert "(now 90 s)" in sentence(verdict, ranks.peers, ranks.limits, "")
+
+
+def test_others_wait_three_times_what_they_took_themselves_and_all_together_may_take_any_time(ranks):
+    for rank in range(3):
+        ranks.says(rank, phase="rewards", seconds=0.0, position=[1, 7, 4])
+    assert ranks.run(1000) is None
+    ranks.says(0, waiting=True)
+    ranks.says(2, waiting=True)
+    assert ranks.run(2990) is None
+    assert ranks.run(20).kind == "hung"
 
 
 def test_a_limit_of_none_never_stops():
