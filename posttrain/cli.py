@@ -319,7 +319,7 @@ def export(
     The logits of what was written are compared with those of the model that was trained. It is uploaded only
     with --push; a repository that this makes is private unless --public is given.
     """
-    with reported_errors():
+    with reported_errors("repeat the command; an earlier export is as it was"):
         from posttrain.run.verbs import EXPORT_FORMATS, export_path
 
         if export_format not in EXPORT_FORMATS:

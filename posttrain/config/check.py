@@ -276,6 +276,12 @@ def _run_rules(config: RunConfig) -> Iterator[Problem]:
         and not (HUB_ID.fullmatch(export.push) and "/" in export.push)
     ):
         yield Problem("this is no Hub repository", ("export", "push"), found=export.push, needed="user/name")
+    if config.trainer.get("hub_token"):
+        yield Problem(
+            "an access token does not belong into a configuration, which is copied into the run",
+            ("trainer", "hub_token"),
+            suggestion="drop it, and run 'hf auth login' or set HF_TOKEN",
+        )
     if evaluate is not None and not config.rewards and not TASKS[config.task].pairs:
         yield Problem(
             "the evaluation has nothing to score with: 'rewards' is empty",

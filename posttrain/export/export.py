@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -43,6 +44,7 @@ from posttrain.models.scoring import no_report
 from posttrain.run.directory import RunDirectory
 from posttrain.selection.delta import write_delta
 from posttrain.selection.delta_apply import files_beside, load_delta
+from posttrain.selection.delta_file import as_os_error
 
 MARKER = "posttrain_export.json"
 """Written last: says that the folder is ours, was verified, and what its files' fingerprints are."""
@@ -122,6 +124,8 @@ def export_model(
         overwrite: Replace a folder that is not an export of ours; its content is kept in ``NAME.old``.
 
     Raises:
+        OSError: It cannot be written, for example because the disk is full; nothing is left of it, and an
+            earlier export is as it was.
         posttrain.selection.delta_file.DeltaError: A delta was asked for, and nothing changed, too
             much did, or the base is another model.
         ExportError: The format does not fit the model, the target is in use, the weights are sharded or
@@ -158,7 +162,8 @@ def export_model(
             assert isinstance(model, PeftModel)
             recorded = str(target / BUNDLED_BASE) if bundled else base
             commit = base_revision if base_path else _commit(model)
-            _save_adapter(model, partial, recorded, None if bundled else commit)
+            commit = None if bundled else commit
+            _save_adapter(model, partial, recorded, commit, bundled=bundled)
             if bundled:
                 _save_weights(_base_copy(model), partial / BUNDLED_BASE)
                 tokenizer.save_pretrained(partial / BUNDLED_BASE)
@@ -197,6 +202,9 @@ def export_model(
         write_card(partial, card or {}, result, prompt=probe_texts[0] if probe_texts else None)
         _write_marker(partial, result)
         _put_in_place(partial, target)
+    except SafetensorError as error:
+        _remove(partial)
+        raise as_os_error(error, target) from error
     except BaseException:
         _remove(partial)
         raise
@@ -325,7 +333,9 @@ def _record_revision(folder: Path, commit: str | None) -> None:
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _save_adapter(model: PeftModel, folder: Path, recorded_base: str | None, commit: str | None) -> None:
+def _save_adapter(
+    model: PeftModel, folder: Path, recorded_base: str | None, commit: str | None, *, bundled: bool
+) -> None:
     (name,) = _adapter_names(model)
     # the vocabulary was not resized, so PEFT need not look at (or ask the Hub about) the embeddings
     model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
@@ -336,6 +346,10 @@ def _save_adapter(model: PeftModel, folder: Path, recorded_base: str | None, com
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
     config["base_model_name_or_path"] = recorded_base
     config["revision"] = commit
+    if bundled and isinstance(config.get("init_lora_weights"), str):
+        # the base goes along as PiSSA, OLoRA and their kin left it: on that the adapter is a plain one, and
+        # loading must not change the base a second time
+        config["init_lora_weights"] = True
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -323,8 +323,9 @@ def _for_hub(
     """Return what goes into the repository: files of the folder, or content that differs from theirs."""
     files = _files(folder)
     card = for_hub((folder / "README.md").read_text(encoding="utf-8"), hub.repo_id, revision, base=base)
-    if marker.get("base"):
-        card = with_license(card, _license_on_hub(hub, marker["base"]))
+    data = ModelCard(card, ignore_metadata_errors=True).data
+    if not license_of_card(data) and is_hub_id(data.to_dict().get("base_model")):
+        card = with_license(card, _license_on_hub(hub, data.to_dict()["base_model"]))
     files["README.md"] = card.encode()
     if base is not None:
         files = {name: file for name, file in files.items() if not name.startswith(f"{BUNDLED_BASE}/")}
@@ -340,12 +341,12 @@ def _for_hub(
 
 
 def _license_on_hub(hub: _Hub, base: str) -> dict[str, str]:
-    """Ask for the licence of a base on the Hub; nothing where it does not say."""
+    """Read the licence in the card of a base on the Hub; nothing where there is none."""
     try:
-        data = hub.api.model_info(base).card_data
+        card = ModelCard.load(hub.api.hf_hub_download(base, "README.md"), ignore_metadata_errors=True)
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):
         return {}
-    return license_of_card(data)
+    return license_of_card(card.data)
 
 
 def _upload(

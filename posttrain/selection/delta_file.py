@@ -304,13 +304,15 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict
     try:
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None:
-            raise
-        number = int(found.group(1))
-        raise OSError(number, os.strerror(number), str(path)) from error
+        raise as_os_error(error, path) from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def as_os_error(error: SafetensorError, path: Path) -> Exception:
+    """Return the OSError that safetensors put into words, or ``error`` itself where it is another one."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return error if found is None else OSError(int(found[1]), os.strerror(int(found[1])), str(path))
 
 
 # ---- reading -----------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import yaml
 from export_models import tiny_llama, trained_adapter
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from posttrain.cli import app
 from posttrain.export.card import card_of, for_hub, is_hub_id
 from posttrain.export.export import export_model
 from posttrain.models.embedded import build_tokenizer
@@ -121,6 +123,15 @@ def test_what_counts_as_a_hub_id(tmp_path):
     assert not any(
         map(is_hub_id, [None, "", "embedded:char-llama", "reasoning_gym:chain_sum", str(tmp_path), "a/b/c"])
     )
+
+
+def test_a_token_in_a_configuration_is_refused(tmp_path):
+    text = "task: sft\ndata: {source: 'reasoning_gym:chain_sum'}\ntrainer: {hub_token: hf_secretSecret}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    done = CliRunner().invoke(app, ["check", str(tmp_path / "run.yaml")])
+    assert done.exit_code == 2
+    assert "HF_TOKEN" in done.output
+    assert "hf_secretSecret" not in done.output
 
 
 def test_secrets_of_the_configuration_stay_out(run):

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -267,3 +269,42 @@ def test_marker_says_what_was_checked(tokenizer, tmp_path):
     assert marker["comparison"]["tolerance"] >= TOLERANCES[torch.float32]
     assert "model.safetensors" in marker["files"]
     assert str(Path.home()) not in json.dumps(marker)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_moved_weights_out_of_its_base_brings_what_is_left(start, tokenizer, tmp_path):
+    settings = LoraConfig(r=4, init_lora_weights=start, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), settings)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    export_model(model, tokenizer, tmp_path / "out")
+    # to transformers, which does not know of such starts, it is a plain adapter
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out/base")
+    base.load_adapter(str(tmp_path / "out"))
+    torch.testing.assert_close(logits(base, IDS)[0], logits(model, IDS)[0], rtol=0, atol=1e-5)
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(again, IDS)[0], logits(model, IDS)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("format", ["adapter", "merged", "delta"])
+def test_a_disk_that_is_full_in_the_middle_leaves_the_earlier_export(format, tokenizer, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = trained_adapter(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), target_modules=["q_proj"]
+    )
+    export_model(model, tokenizer, tmp_path / "out", format=format)
+    before = (tmp_path / "out" / MARKER).read_bytes()
+    # a limit on file sizes, as the kernel enforces it, stands in for the end of the disk
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            export_model(model, tokenizer, tmp_path / "out", format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert is_verified(tmp_path / "out") is None
+    assert (tmp_path / "out" / MARKER).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
