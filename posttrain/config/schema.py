@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from posttrain.config.problems import nearest
@@ -174,6 +174,16 @@ class DataConfig(Section):
     probe: ProbeConfig | None = Field(
         default=None, description="Score answers in no pair during a preference run; {} for the defaults."
     )
+
+    @field_validator("params", "columns", "train", "eval", mode="before")
+    @classmethod
+    def _null_drops(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take null for the default; on a command line ``{}`` merges into what the file has."""
+        return (
+            cls.model_fields[str(info.field_name)].get_default(call_default_factory=True)
+            if value is None
+            else value
+        )
 
     @model_validator(mode="before")
     @classmethod

@@ -64,7 +64,10 @@ def check_data(data: DataConfig) -> Iterator[Problem]:
         yield from _file_problems(source, ("data", "source"))
         if data.params:
             yield Problem(
-                "a file takes no params", ("data", "params"), found=data.params, suggestion="drop them"
+                "a file takes no params",
+                ("data", "params"),
+                found=data.params,
+                suggestion="drop them; on the command line: data.params=null",
             )
     elif source in task_sources():
         fix = f"write {GENERATED}{source}"

@@ -54,7 +54,7 @@ from posttrain.run.ranks import Ranks
 from posttrain.run.result import RunResult
 from posttrain.run.resuming import check_continuation
 from posttrain.run.rewriting import Rewriting
-from posttrain.run.starting import start_model
+from posttrain.run.starting import slow_here, start_model
 from posttrain.run.status import record_end, write_status
 from posttrain.run.trainers import (
     build_selection,
@@ -165,6 +165,8 @@ class _Run:
         try:
             # what can be refused is refused before anything is written or computed
             self.on_main(self._check_push)
+            if (warning := slow_here(config)) is not None:  # before a large model is downloaded
+                self.say(warning)
             data = load_data(config.data, config.task, hold_out=self._wants_held_out_rows())
             if TASKS[config.task].pairs:
                 for note in data.describe["notes"]:

@@ -359,6 +359,15 @@ def test_local_files(problems, write):
         "takes no params"
         in problems("rewards=[math]", "data.params={a: 1}", text=text)["data.params"].message
     )
+    # null drops what the file has, whether or not a section may be absent
+    dropped = (
+        "data.params={a: 1}",
+        "data.params=null",
+        "data.columns=null",
+        "data.eval=null",
+        "data.train=null",
+    )
+    assert problems("rewards=[math]", *dropped, text=text) == {}
     assert list(problems("rewards=[math]", "data.train.split=train", text=text)) == ["data.train.split"]
     assert list(problems("data.train.file=rows.jsonl")) == ["data.train.file"]
 
