@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import tempfile
 import time
@@ -20,7 +21,7 @@ from posttrain.run.directory import RunError
 
 T = TypeVar("T")
 
-APPEAR_SECONDS = 10.0
+APPEAR_SECONDS = 20.0
 """How long a network file system may take to show a new file elsewhere."""
 
 
@@ -74,8 +75,8 @@ class Ranks:
 
             written = folder / Path(self.on_main(write)).name
             until = time.monotonic() + APPEAR_SECONDS
-            while not (there := written.exists()) and time.monotonic() < until:
-                time.sleep(0.05)
+            while not (there := _seen(written)) and time.monotonic() < until:
+                time.sleep(0.25)
             rank, host = self.state.process_index, socket.gethostname()
             blind = gather_object([] if there else [f"rank {rank} on {host}"])
         if blind:
@@ -83,3 +84,11 @@ class Ranks:
                 f"run_dir {folder} is not the same folder on all machines: {', '.join(blind)} cannot see "
                 "what the main process writes there. Choose a run_dir on a file system that every node mounts"
             )
+
+
+def _seen(file: Path) -> bool:
+    """Whether a file is there, on a network file system too that remembers its folder as missing."""
+    for folder in reversed(file.parents):
+        with contextlib.suppress(OSError):
+            os.scandir(folder).close()  # opening a folder makes an NFS client ask its server again
+    return file.exists()
