@@ -75,6 +75,12 @@ def model_of(path: str | Path) -> str:
     if not any(path.suffix == ".safetensors" for path in checkpoint.iterdir()):
         if run.export.is_dir():
             return str(run.export)
+        if (checkpoint / "zero_to_fp32.py").is_file():
+            raise RunError(
+                f"{checkpoint} holds shards of ZeRO-3, no model: resume the run to its end, which exports "
+                f"it, or put them together with python {checkpoint}/zero_to_fp32.py {checkpoint} FOLDER "
+                "--safe_serialization; with zero3_save_16bit_model: true checkpoints hold the model"
+            )
         raise RunError(
             f"{checkpoint} holds shards of FSDP, no model: resume the run to its end, which exports it, or "
             "put them together with accelerate merge-weights; with fsdp_state_dict_type: FULL_STATE_DICT "

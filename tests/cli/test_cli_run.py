@@ -13,10 +13,17 @@ from safetensors.torch import load_file
 from posttrain.checkpointing.folders import newest_checkpoint
 from posttrain.errors import describe, is_request_error
 
-# helpers of the run tests; test folders are no packages
-_spec = importlib.util.spec_from_file_location("run_jobs", Path(__file__).parents[1] / "run" / "run_jobs.py")
-run_jobs = sys.modules.setdefault("run_jobs", importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(run_jobs)
+
+def _helpers(folder, name):
+    """Modules of other tests; test folders are no packages."""
+    path = Path(__file__).parents[1] / folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return module
+
+
+run_jobs, stand_in = _helpers("run", "run_jobs"), _helpers("export", "export_hub_stand_in")
 posttrain, write_config = run_jobs.posttrain, run_jobs.write_config
 
 QUICK = {"warm_start": None, "evaluate": None, "export": None, "trainer": {"max_steps": 2}}
@@ -236,6 +243,30 @@ def test_pushing_without_a_token(config, tmp_path, monkeypatch):
     result = posttrain("train", config({"export": {"push": "someone/model"}}), code=2)
     assert "no access token" in result.stderr
     assert not (tmp_path / "run" / "manifest.json").exists()  # known before anything was trained
+
+
+def test_a_push_that_fails_after_training_loses_nothing_and_goes_on(config, tmp_path, monkeypatch):
+    token = stand_in.TOKEN
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("posttrain.export.push.WAITS", ())
+    with stand_in.HubStandIn() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        hub.faults[("POST", "/commit/")] = "drop"
+        result = posttrain("train", config({"export": {"push": "user/tiny"}}), code=1)
+        export = tmp_path / "run/export"
+        assert f"Push again: posttrain export {export} --push user/tiny" in " ".join(result.stderr.split())
+        assert (tmp_path / "run/report.html").is_file()
+        assert hub.count("PUT", "/lfs/") == 1
+        hub.faults.clear()
+        again = posttrain("export", export, "--push", "user/tiny")
+        assert f"pushed: {hub.endpoint}/user/tiny" in again.stdout
+        assert hub.count("PUT", "/lfs/") == 1
+        assert "model.safetensors" in hub.repos["user/tiny"].branches["main"]
+    assert token not in result.output + again.output
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert tmp_path / "run/failures.jsonl" in files
+    assert not [path for path in files if token.encode() in path.read_bytes()]
 
 
 def test_a_full_disk_outside_a_checkpoint_says_what_to_do(config, monkeypatch):
