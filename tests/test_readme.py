@@ -39,9 +39,10 @@ def test_the_table_of_methods_is_up_to_date():
     assert script().updated(README) == README, "run python scripts/update_readme.py"
 
 
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCKS = [
     (path.name, kind, body)
-    for path in (ROOT / "README.md", ROOT / "docs" / "measurements.md")
+    for path in PAGES
     for kind, body in re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.M | re.S)
 ]
 PYTHON = [body for _, kind, body in BLOCKS if kind == "python"]
@@ -241,7 +242,12 @@ def test_its_pictures_are_there_and_light():
 
 
 def test_every_file_it_names_exists():
-    for name in set(re.findall(r"`((?:posttrain|scripts|configs|recipes|tests)/[\w./]+)`", README)):
+    for page in PAGES:
+        for name in set(
+            re.findall(r"`((?:posttrain|scripts|configs|recipes|tests)/[\w./]+)`", page.read_text())
+        ):
+            assert (ROOT / name).exists(), (page, name)
+    for name in re.findall(r"\]\((docs/[\w./]+)\)", README):
         assert (ROOT / name).exists(), name
     for name in set(re.findall(r"(?:bash|train|check) ((?:scripts|configs)/[\w./]+)", README)):
         assert (ROOT / name).exists(), name
