@@ -13,6 +13,7 @@ _REQUEST_ERRORS = frozenset(
         "PlanError",
         "PushRefusedError",
         "RunError",
+        "StoredFileError",
     }
 )
 # Their messages are sentences for the user; the name of the class in front would only be in the way.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posttrain.config.plain_yaml import Node, merge, read_yaml
+from posttrain.config.plain_yaml import DEEPEST, Node, merge, read_yaml
 from posttrain.config.problems import Problem, dotted
 
 
@@ -18,6 +18,11 @@ def apply_override(override: str, root: Node, problems: list[Problem]) -> None:
                 needed="key.sub=value, for example trainer.learning_rate=1e-5",
                 where=where,
             )
+        )
+        return
+    if key.count(".") >= DEEPEST:
+        problems.append(
+            Problem(f"the key has more than {DEEPEST} parts", needed="key.sub=value", where=where)
         )
         return
     if key.split(".")[0] == "extends":

@@ -16,6 +16,7 @@ import yaml
 from posttrain.config.problems import KeyPath, Problem
 
 _MOST_NODES = 100_000  # anchors can make a short file unfold without end
+DEEPEST = 100  # what a configuration needs is below 10; code that walks it may recurse
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LINE_BREAKS = re.compile("[\x85\u2028\u2029]")
 _TAG = "tag:yaml.org,2002:"
@@ -146,7 +147,7 @@ def read_yaml(text: str, name: str, problems: list[Problem], where: str | None =
     except (RecursionError, _TooLargeError):
         problems.append(
             Problem(
-                f"the YAML is nested too deeply or unfolds to more than {_MOST_NODES} values",
+                f"the YAML is nested more than {DEEPEST} deep or unfolds to more than {_MOST_NODES} values",
                 where=where or name,
             )
         )
@@ -177,7 +178,7 @@ class _Builder:
 
     def build(self, node: yaml.Node, path: KeyPath, parents: tuple[int, ...]) -> Node:
         self.count += 1
-        if self.count > _MOST_NODES:
+        if self.count > _MOST_NODES or len(parents) > DEEPEST:
             raise _TooLargeError
         where = self.origin(node)
         if id(node) in parents:

@@ -44,9 +44,11 @@ def nearest(name: object, names: Iterable[str]) -> str | None:
 
 def near_file(path: Path) -> Path | None:
     """Return the file beside ``path`` with the most similar name, or None when none is close."""
-    if not path.parent.is_dir():
+    try:
+        beside = sorted(path.parent.iterdir())
+    except (OSError, ValueError):  # no such folder, or one that may not be read
         return None
-    alike = {file.stem: file for file in sorted(path.parent.iterdir()) if file.suffix == path.suffix}
+    alike = {file.stem: file for file in beside if file.suffix == path.suffix}
     near = nearest(path.stem, alike)
     return alike[near] if near and alike[near] != path else None
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from posttrain.config.paths import usable_path
 from posttrain.config.problems import nearest
 from posttrain.config.sentences import RULE
 from posttrain.config.tasks import TASKS, Task
@@ -80,6 +81,8 @@ class ModelConfig(Section):
         default=None, description="Train an adapter; all weights are trained when unset."
     )
 
+    _usable = field_validator("path", "tokenizer")(usable_path)
+
 
 class SplitConfig(Section):
     """How much of a source to use, and which part."""
@@ -90,6 +93,8 @@ class SplitConfig(Section):
         default=None, ge=1, description="Number of rows; all rows when unset (2000 for generated tasks)."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the generated task, or of the row sample.")
+
+    _usable = field_validator("file")(usable_path)
 
 
 class LabelNoiseConfig(Section):
@@ -103,6 +108,8 @@ class LabelNoiseConfig(Section):
         default=None, min_length=1, description="File that names the rows instead, by the values of 'column'."
     )
     column: str | None = Field(default=None, min_length=1, description="Column that file and data both have.")
+
+    _usable = field_validator("file")(usable_path)
 
     @model_validator(mode="after")
     def _one_way(self) -> LabelNoiseConfig:
@@ -130,6 +137,8 @@ class ProbeConfig(Section):
     )
     seed: int = Field(default=0, ge=0, description="Seed of the draw.")
 
+    _usable = field_validator("file")(usable_path)
+
 
 class DataConfig(Section):
     """Where prompts (and answers) come from."""
@@ -139,7 +148,7 @@ class DataConfig(Section):
         description="'reasoning_gym:TASK', a local .jsonl/.json/.csv/.parquet file, or a Hub id.",
     )
     params: dict[str, Any] = Field(default_factory=dict, description="Parameters of a reasoning-gym task.")
-    columns: dict[str, str] = Field(
+    columns: dict[Annotated[str, Field(min_length=1)], str] = Field(
         default_factory=dict, description="Renaming, contract name to source column: {prompt: question}."
     )
     train: SplitConfig = SplitConfig()
@@ -174,6 +183,8 @@ class DataConfig(Section):
     probe: ProbeConfig | None = Field(
         default=None, description="Score answers in no pair during a preference run; {} for the defaults."
     )
+
+    _usable = field_validator("source")(usable_path)
 
     @field_validator("params", "columns", "train", "eval", mode="before")
     @classmethod
@@ -266,6 +277,8 @@ class ExportConfig(Section):
     push: str | None = Field(default=None, description="Hub repository (user/name) to upload to.")
     private: bool = Field(default=True, description="Whether a repository created by the push is private.")
 
+    _usable = field_validator("dir")(usable_path)
+
 
 class SelectionConfig(Section):
     """Which weights train; in YAML a bare name (``hft``) or ``{hft: {ratio: 0.5}}``."""
@@ -296,6 +309,8 @@ class SelectionConfig(Section):
     examples: int = Field(
         default=1024, ge=1, description="Training rows that a selector may score weights on."
     )
+
+    _usable = field_validator("plan")(usable_path)
 
     @model_validator(mode="before")
     @classmethod
@@ -471,6 +486,8 @@ class RunConfig(Section):
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of torch; torch's own choice when unset."
     )
+
+    _usable = field_validator("run_dir")(usable_path)
 
     @model_validator(mode="before")
     @classmethod

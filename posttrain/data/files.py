@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,15 @@ class Table:
 
 
 def with_places(table: Table) -> Table:
-    """Return the table with the column :data:`PLACE`; rows keep it through renaming, sampling and splits."""
+    """Return the table with the column :data:`PLACE`; rows keep it through renaming, sampling and splits.
+
+    Raises:
+        DataError: The data have a column of that name.
+    """
+    if PLACE in table.dataset.column_names:
+        raise DataError(
+            f"{table.place}: the column {PLACE!r} is written here: rename or drop the one in the data"
+        )
     where = (
         [f"{table.place}:{line}" for line in table.lines]
         if table.lines is not None
@@ -100,8 +109,10 @@ def to_table(rows: Sequence[dict[str, Any]], lines: Sequence[int] | None, place:
         ValueError,
         TypeError,
         OverflowError,
+        RecursionError,
     ) as error:  # Arrow's own errors are ValueErrors and TypeErrors
-        raise DataError(f"{place}: the rows cannot be made into a table: {error}") from error
+        reason = "a value is nested too deeply" if isinstance(error, RecursionError) else error
+        raise DataError(f"{place}: the rows cannot be made into a table: {reason}") from error
     return Table(dataset, place, lines)
 
 
@@ -169,7 +180,7 @@ def _read_jsonl(path: Path) -> Table:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"line {number}: {_json_problem(error)}: {_excerpt(line)}")
             continue
         if isinstance(row, dict):
@@ -189,7 +200,7 @@ def _read_json(path: Path) -> Table:
     text = _text(path)
     try:
         rows = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         hint = " (one object per line is .jsonl)" if text.lstrip().startswith("{") else ""
         raise DataError(f"{path}{where}: not JSON{hint}: {_json_problem(error)}") from None
@@ -210,7 +221,7 @@ def _read_csv(path: Path) -> Table:
     limit = csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than one long document
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = next(reader)
+        header = next(reader, [])
         rows, lines, problems = [], [], []
         start = reader.line_num + 1
         for cells in reader:
@@ -224,7 +235,7 @@ def _read_csv(path: Path) -> Table:
         raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
     finally:
         csv.field_size_limit(limit)
-    if len(set(header)) != len(header) or not all(header):
+    if not header or len(set(header)) != len(header) or not all(header):
         raise DataError(f"{path}, line 1: column names must be there and differ, found {header}")
     if problems:
         raise DataError(f"{path}: {len(problems)} lines have the wrong number of cells\n{listed(problems)}")
@@ -236,15 +247,26 @@ def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet as pq
 
     try:
-        return Table(Dataset(pq.read_table(path)), str(path))
+        names = pq.read_schema(path).names
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
+        if twice:
+            raise DataError(
+                f"{path}: several columns are called {', '.join(map(repr, twice))}: rename all but one"
+            )
+        table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
+    try:
+        return Table(Dataset(table), str(path))
+    except (ValueError, TypeError, NotImplementedError) as error:  # an Arrow type that data sets do not know
+        raise DataError(f"{path}: a column cannot be used: {error}") from error
 
 
 def _json_problem(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
-    return "nested too deeply"
+    # Python reads no integer of more than 4300 digits, and says so in a ValueError
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def _excerpt(line: str) -> str:

@@ -6,7 +6,6 @@ Nothing is built from them: no model class, no copy of the whole. A block of a t
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from posttrain.models.load import ADAPTER_CONFIG, ModelLoadError, download, refuse_delta
+from posttrain.stored import stored_json
 
 BLOCK = 1 << 20
 """Elements read at a time: 4 MiB once they are fp32, which the cache holds; larger blocks are slower."""
@@ -94,9 +94,7 @@ class Checkpoint:
             )
         refuse_delta(folder)
         config = folder / "config.json"
-        self.config: dict[str, Any] = (
-            json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        )
+        self.config: dict[str, Any] = stored_json(config) if config.is_file() else {}
         if "quantization_config" in self.config:
             raise ModelLoadError(
                 f"{self.path!r} is quantised: equal codes would show the quantiser, not the training. "
@@ -213,9 +211,10 @@ def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         # other files of weights may lie beside the shards, such as consolidated copies
-        return sorted(
-            {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        )
+        names = stored_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ModelLoadError(f"{index} does not say in which files the weights lie: copy it again")
+        return sorted({folder / name for name in names.values()})
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     files = sorted(folder.glob("*.safetensors"))

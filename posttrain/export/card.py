@@ -16,6 +16,7 @@ from posttrain.config import method_pages
 from posttrain.models.load import BUNDLED_BASE
 from posttrain.run.directory import RunDirectory
 from posttrain.run.manifest import redact
+from posttrain.stored import stored_config, stored_json
 
 if TYPE_CHECKING:
     from posttrain.export.export import ExportResult
@@ -124,7 +125,7 @@ def card_of(run: RunDirectory) -> CardData:
     """Collect what a run directory knows; files that are not there (yet) are left out."""
     card: CardData = {}
     if run.config.is_file():
-        config = redact(yaml.safe_load(run.config.read_text()))  # the card is made to be published
+        config = redact(stored_config(run.config))  # the card is made to be published
         card["config"] = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         card["task"] = config["task"]
         model = config.get("model") or {}
@@ -133,10 +134,10 @@ def card_of(run: RunDirectory) -> CardData:
         card["selection"] = config.get("selection") or {}
         card["data"] = {"source": config["data"]["source"]}
     if run.manifest.is_file():
-        card["manifest"] = json.loads(run.manifest.read_text())
+        card["manifest"] = stored_json(run.manifest)
         card["data"] = {**card.get("data", {}), **(card["manifest"].get("data") or {})}
     if run.evaluation.is_file():
-        card["evaluation"] = json.loads(run.evaluation.read_text())
+        card["evaluation"] = stored_json(run.evaluation)
     return card
 
 

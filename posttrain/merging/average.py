@@ -34,6 +34,7 @@ from posttrain.models import load
 from posttrain.models.load import ADAPTER_CONFIG, BUNDLED_BASE
 from posttrain.selection.delta_apply import files_beside
 from posttrain.selection.delta_file import save_tensors
+from posttrain.stored import stored_json
 
 RECORD = "posttrain_merge.json"
 """File beside an average that says what it is the average of."""
@@ -302,14 +303,14 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     path = folder / "tokenizer.json"
     if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = stored_json(path)
         # what the last call padded and cut to
         found |= {
             f"{key} (tokenizer.json)": v for key, v in content.items() if key not in ("padding", "truncation")
         }
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+        template = stored_json(settings).get("chat_template")
         found["the chat template"] = template
     if (folder / "chat_template.jinja").is_file():
         found["the chat template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -321,7 +322,7 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 
 def _average_adapters(folders: Sequence[str], weights: Sequence[float], out: Path) -> dict[str, Any]:
     paths = [Path(folder) for folder in folders]
-    configs = [json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8")) for path in paths]
+    configs = [stored_json(path / ADAPTER_CONFIG) for path in paths]
     _check_adapters(paths, configs)
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path / _ADAPTER, framework="pt")) for path in paths]

@@ -6,7 +6,6 @@ where the configuration says so, and the vocabulary never grows behind the user'
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers.utils import find_adapter_config_file
 from posttrain.config.schema import ModelConfig
 from posttrain.models import embedded
 from posttrain.models.adapter import build_peft_config as build_peft_config
+from posttrain.stored import stored_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 DELTA_FILE = "delta.safetensors"
@@ -184,7 +184,7 @@ def _load_checkpoint(
     else:
         base_path = base or _base_of(adapter_folder)
         # the revision belongs to the adapter's own repository, not to the base
-        base_revision = json.loads((adapter_folder / ADAPTER_CONFIG).read_text()).get("revision")
+        base_revision = stored_json(adapter_folder / ADAPTER_CONFIG).get("revision")
         model = _from_pretrained(config.model_copy(update={"path": base_path, "revision": base_revision}))
         tokenizer = _load_tokenizer(config, [str(adapter_folder), base_path])
         model = _attach(model, adapter_folder, base_path, trainable=trainable)
@@ -318,7 +318,7 @@ def _explain(error: Exception, path: str, what: str) -> str:
 def _base_of(adapter_folder: Path) -> str:
     """Return where the base of an adapter is: the recorded path, or the copy bundled with the adapter."""
     _refuse_pickles(adapter_folder, needed="adapter_model.safetensors")
-    recorded = json.loads((adapter_folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path") or ""
+    recorded = stored_json(adapter_folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
     bundled = adapter_folder / BUNDLED_BASE
     if bundled.is_dir():
         return str(bundled)

@@ -6,7 +6,6 @@ A causal checkpoint gets a fresh head, drawn from its own seed; a trained reward
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from transformers.utils import logging
 from posttrain.config.schema import ModelConfig
 from posttrain.models import load
 from posttrain.models.load import ADAPTER_CONFIG, ModelLoadError
+from posttrain.stored import stored_json
 
 HEADS = ("score", "classifier")
 """Names that transformers gives the head."""
@@ -97,7 +97,7 @@ def _load(
         tokenizer = load._load_tokenizer(config, [config.path])
     else:
         base_path = base or load._base_of(adapter)
-        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        settings = stored_json(adapter / ADAPTER_CONFIG)
         if settings.get("task_type") not in (None, "SEQ_CLS"):
             fix = (
                 "merge it into its base (posttrain export RUN --format merged) and start from that"

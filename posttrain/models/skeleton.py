@@ -7,7 +7,6 @@ how tokenizer and vocabulary fit. Of a Hub repository only the configuration and
 from __future__ import annotations
 
 import contextlib
-import json
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from transformers import (
 from posttrain.config.schema import ModelConfig
 from posttrain.models import load
 from posttrain.models.load import ADAPTER_CONFIG, ModelLoadError
+from posttrain.stored import stored_json
 
 
 def load_skeleton(
@@ -62,7 +62,7 @@ def load_skeleton(
                 "merge the first (posttrain export, format: merged) or drop the 'adapter' section"
             )
         base = load._base_of(adapter)
-        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        settings = stored_json(adapter / ADAPTER_CONFIG)
         known = config.model_copy(update={"path": base, "revision": settings.get("revision")})
         model = _checkpoint(known, scores)
         tokenizer = load._load_tokenizer(config, [str(adapter), base])

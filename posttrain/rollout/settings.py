@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from posttrain.config.paths import usable_path
 
 
 class RolloutSettings(BaseModel):
@@ -30,3 +32,5 @@ class RolloutSettings(BaseModel):
     server_patience: float = Field(
         default=50.0, ge=0, description="Seconds to wait for a vLLM server that was lost to come back."
     )
+
+    _usable = field_validator("weights_dir")(usable_path)

@@ -17,7 +17,6 @@ failed is tried again; so the same command goes on with a comparison, and a larg
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -37,6 +36,7 @@ from posttrain.run.comparison import Comparison, Outcome, compare_runs
 from posttrain.run.comparison_page import write_page
 from posttrain.run.directory import RunDirectory, RunError, write_json, write_text
 from posttrain.run.manifest import build_manifest
+from posttrain.stored import stored_json
 
 Say = Callable[[str], None]
 
@@ -242,7 +242,7 @@ def _stored(run: PlannedRun) -> Outcome | None:
     file = run.beside("json")
     if not file.is_file() or not run.run.config.is_file():
         return None
-    stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    stored: dict[str, Any] = stored_json(file)
     if stored["status"] != "finished":
         return None
     return Outcome(run, "finished", stored["seconds"])

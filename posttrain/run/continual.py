@@ -21,7 +21,6 @@ log-likelihood per answer token on the held-out rows of the first round, after t
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from posttrain.run.once import train_once
 from posttrain.run.trainers import sft_trainer, trl_config
 from posttrain.run.verbs import evaluate_path
 from posttrain.selection import registry as selectors
+from posttrain.stored import stored_json
 
 METRICS = ("new", "learned", "kept", "forgetting", "transfer", "general_loss")
 Say = Callable[[str], None]
@@ -217,7 +217,7 @@ def _tasks(sequence: Rounds) -> list[str]:
 def _refuse_other(path: Path, design: dict[str, Any]) -> None:
     if not path.is_file():
         return
-    then = json.loads(path.read_text(encoding="utf-8"))
+    then = stored_json(path)
     if then["tasks"] != design["tasks"]:
         raise RunError(
             f"{path.parent} holds a sequence with other tasks ({then['tasks']}, now {design['tasks']}): "
@@ -290,7 +290,7 @@ def _local(
 def _judge(model: Path, configs: Sequence[RunConfig], path: Path, say: Say) -> dict[str, Any]:
     """Return how well a model does every task, and the general loss; kept in a file."""
     if path.is_file():
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        stored: dict[str, Any] = stored_json(path)
         if len(stored["accuracy"]) == len(configs):
             return stored
     say(f"judging {model.parent} on {len(configs)} tasks")

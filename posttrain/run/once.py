@@ -9,6 +9,7 @@ from pathlib import Path
 from posttrain.config.schema import RunConfig
 from posttrain.run.directory import RunDirectory, RunError, write_json
 from posttrain.run.train import train
+from posttrain.stored import stored_json
 
 
 def train_once(config: RunConfig, name: str, say: Callable[[str], None]) -> Path:
@@ -26,7 +27,7 @@ def train_once(config: RunConfig, name: str, say: Callable[[str], None]) -> Path
     done = run.root / "done.json"
     now = json.loads(config.model_dump_json())
     if done.is_file():
-        if json.loads(done.read_text(encoding="utf-8")).get("config") != now:
+        if stored_json(done).get("config") != now:
             raise RunError(
                 f"{name} is done already in {run.root}, with another configuration than now: put the old one "
                 "back, or choose another --out"

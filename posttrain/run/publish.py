@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import PeftModel
 
 from posttrain.export.card import card_of
 from posttrain.export.export import MARKER, Format, export_model
 from posttrain.export.push import can_push
 from posttrain.run.directory import RunDirectory, RunError
+from posttrain.stored import stored_config
 
 
 def publish(
@@ -85,7 +85,7 @@ def _delta_settings(run: RunDirectory | None, base: str | None) -> dict[str, Any
     """Where the run started, before any warm start, and what it was allowed to change."""
     if run is None:
         return {"base_path": base}
-    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    config = stored_config(run.config)
     model = config["model"]
     found = {"base_path": base or model["path"], "about": {"selection": config.get("selection")}}
     return found if base else {**found, "base_revision": model.get("revision")}

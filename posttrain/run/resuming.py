@@ -36,7 +36,15 @@ def check_continuation(run: RunDirectory, config: RunConfig, fingerprint: str) -
     try:
         then = yaml.safe_load(run.config.read_text(encoding="utf-8"))
         refused = _changes(_identity(then, run), _identity(now, run))
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:
         raise RunError(
             f"{run.config} is damaged, so it cannot be told whether the run is the same ({error}). Restore "
             "it, or start a new run with run_dir=..."

@@ -61,6 +61,7 @@ from posttrain.sft.s3ft import (
     statistics,
     targets,
 )
+from posttrain.stored import stored_json
 
 _ENOUGH = 20  # judgements after which a broken judge stops the job before its end
 
@@ -182,7 +183,7 @@ class Rewriting:
         if finished and not self.summary.exists():
             raise RunError(f"{self.to} exists already and s3ft did not write it: choose another file")
         lines = read_json_lines(self.progress)
-        told = json.loads(self.summary.read_text(encoding="utf-8")) if finished else (lines or [{}])[0]
+        told = stored_json(self.summary) if finished else (lines or [{}])[0]
         if (finished or lines) and told.get("identity") != identity:
             then = told.get("identity") or {}
             other = [name for name in identity if then.get(name) != identity[name]]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import yaml
 from accelerate import PartialState
 
 from posttrain.checkpointing.folders import newest_checkpoint
@@ -31,6 +29,7 @@ from posttrain.run.evaluating import (
     reference_of,
 )
 from posttrain.run.publish import publish, ready
+from posttrain.stored import stored_config, stored_json
 
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportConfig.model_fields["format"].annotation)
 
@@ -67,11 +66,11 @@ def model_of(path: str | Path) -> str:
         return str(run.export)
     if checkpoint is None:
         raise RunError(f"{path} holds no checkpoint and no export yet; train first, or name a model folder")
-    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    config = stored_config(run.config)
     if config["trainer"].get("load_best_model_at_end"):
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        if state["best_model_checkpoint"]:
-            checkpoint = run.checkpoints / Path(state["best_model_checkpoint"]).name
+        best = stored_json(checkpoint / "trainer_state.json").get("best_model_checkpoint")
+        if best:
+            checkpoint = run.checkpoints / Path(str(best)).name
     if not any(path.suffix == ".safetensors" for path in checkpoint.iterdir()):
         if run.export.is_dir():
             return str(run.export)
@@ -194,10 +193,10 @@ def export_path(
     folder = model_of(source)
     remote, dtype = False, "auto"
     if run is not None:
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-        remote, dtype = bool(config["model"]["trust_remote_code"]), config["model"]["dtype"]
+        config = stored_config(run.config)
+        remote, dtype = bool(config["model"].get("trust_remote_code")), config["model"]["dtype"]
     load: Any = load_for_evaluation
-    if run is not None and TASKS[config["task"]].scores:
+    if run is not None and config["task"] in TASKS and TASKS[config["task"]].scores:
         load = load_scorer
     model, tokenizer = load(
         folder,

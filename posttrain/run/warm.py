@@ -68,6 +68,7 @@ from posttrain.run.directory import RunError, write_json
 from posttrain.run.evaluating import fitting_pairs
 from posttrain.run.once import train_once
 from posttrain.run.ranks import Ranks
+from posttrain.stored import stored_json
 
 LEARNING_RATES = (1.0, 0.4)
 """Factors of the members' learning rates in turn, where none are given: the paper's 1e-4 and 4e-5."""
@@ -484,7 +485,7 @@ class _Judge:
     def look_at(self, member: dict[str, Any]) -> None:
         """Add scores and their summary to a member; scores that are known are read."""
         path = Path(member["folder"]).parent / "scores.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = stored_json(path) if path.is_file() else {}
         if known.get("fingerprint") != self.fingerprint:
             found = self.score(member["folder"])
             known = {"fingerprint": self.fingerprint, "chosen": found[0], "rejected": found[1]}
