@@ -22,6 +22,8 @@ _RUN_ERRORS = frozenset(
 )
 # What libraries say when something of ours or the user's is the cause.
 _EXPLAINED = {
+    "Symlink loop from": "a symbolic link leads back to itself",
+    "Could not determine home directory": "a path begins with ~NAME, and there is no user of that name",
     "probability tensor contains either `inf`, `nan`": (
         "the model gives probabilities that are not finite, so nothing can be sampled from it: its "
         "weights have blown up, or were broken from the start. Lower the learning rate, train in bfloat16 or "
@@ -40,6 +42,10 @@ def describe(error: BaseException) -> str:
     text = str(error).strip()
     if _is_ours(error, _RUN_ERRORS) or (isinstance(error, FloatingPointError) and text):
         return text
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        places = [repr(name) for name in (error.filename, error.filename2) if name is not None]
+        shown = (place if len(place) < 200 else f"{place[:200]}..." for place in places)
+        return f"{error.strerror}: {' and '.join(shown)}"
     for words, meaning in _EXPLAINED.items():
         if words in text:
             return f"{meaning}. [{type(error).__name__}: {text}]"

@@ -98,7 +98,7 @@ def environment(path: Path) -> dict[str, str]:
     """
     try:
         settings = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as an accelerate configuration: {error}") from error
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise ValueError(f"{path} is no accelerate configuration: it has no distributed_type")

@@ -182,7 +182,7 @@ def default_launch(home: Path) -> dict[str, Any]:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError):
             continue
-        except yaml.YAMLError as error:
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             return {"path": str(path), "damaged": str(error).splitlines()[0]}
         return {"path": str(path), **(content if isinstance(content, dict) else {})}
     return {}

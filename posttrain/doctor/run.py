@@ -127,7 +127,7 @@ def _not_a_run(folder: Path) -> str:
 def _config(run: RunDirectory) -> dict[str, Any]:
     try:
         return as_dict(yaml.safe_load(run.config.read_text(encoding="utf-8", errors="replace")))
-    except (OSError, yaml.YAMLError, RecursionError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
 
 

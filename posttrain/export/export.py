@@ -45,6 +45,7 @@ from posttrain.run.directory import RunDirectory
 from posttrain.selection.delta import write_delta
 from posttrain.selection.delta_apply import files_beside, load_delta
 from posttrain.selection.delta_file import as_os_error
+from posttrain.stored import StoredFileError, stored_json
 
 MARKER = "posttrain_export.json"
 """Written last: says that the folder is ours, was verified, and what its files' fingerprints are."""
@@ -218,7 +219,13 @@ def is_verified(folder: str | Path) -> str | None:
         return f"{folder} does not exist"
     if not (folder / MARKER).is_file():
         return f"{folder} holds no {MARKER}: it was not written by posttrain export, or the export failed"
-    expected = json.loads((folder / MARKER).read_text())["files"]
+    try:
+        marker = stored_json(folder / MARKER)
+    except StoredFileError as error:
+        return str(error)
+    expected = marker.get("files")
+    if not isinstance(expected, dict) or not {"format", "base", "comparison"} <= marker.keys():
+        return f"{folder / MARKER} is damaged: export again"
     found = file_fingerprints(folder, leave_out=UNHASHED)
     changed = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     return f"{folder} was changed after the export: {', '.join(changed)}" if changed else None

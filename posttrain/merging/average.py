@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from posttrain.evaluation.checkpoint import INDEX, Checkpoint, tied_heads
 from posttrain.models import load
@@ -320,12 +320,29 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 # ---- adapters ---------------------------------------------------------------------------------------------
 
 
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise MergeError(
+            f"{file} cannot be read, it is damaged or cut short: copy it again [{error}]"
+        ) from error
+
+
 def _average_adapters(folders: Sequence[str], weights: Sequence[float], out: Path) -> dict[str, Any]:
     paths = [Path(folder) for folder in folders]
     configs = [stored_json(path / ADAPTER_CONFIG) for path in paths]
     _check_adapters(paths, configs)
+    for path, config in zip(paths, configs, strict=True):
+        alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+        numbers = [alpha, *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+            raise MergeError(
+                f"{path / ADAPTER_CONFIG}: lora_alpha {alpha!r} with alpha_pattern {patterns!r} where "
+                "numbers are needed; the file is damaged, copy it again"
+            )
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path / _ADAPTER, framework="pt")) for path in paths]
+        files = [stack.enter_context(_opened(path / _ADAPTER)) for path in paths]
         names = [set(file.keys()) for file in files]
         for path, own in zip(paths[1:], names[1:], strict=True):
             if own != names[0]:

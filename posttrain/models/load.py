@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -127,6 +129,10 @@ def find_adapter_folder(path: str, revision: str | None = None) -> Path | None:
     if Path(path).is_dir():
         return Path(path) if (Path(path) / ADAPTER_CONFIG).is_file() else None
     _refuse_missing_folder(path)
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        raise ModelLoadError(f"{path[:200]!r} is neither a folder nor a Hub id such as user/name") from None
     if find_adapter_config_file(path, revision=revision) is None:
         return None
     return download(path, revision)

@@ -85,7 +85,7 @@ def read_run(path: Path, label: str) -> Run:
     run.config_text = _read_text(run, "config.yaml")
     try:
         config = yaml.safe_load(run.config_text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         run.notes.append("config.yaml is not valid YAML; it is shown as it is.")
         config = None
     run.config = as_dict(config)

@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 
 from posttrain.checkpointing.folders import newest_checkpoint
+from posttrain.config.paths import usable_path
 from posttrain.config.schema import ExportConfig, RunConfig
 from posttrain.config.tasks import TASKS
 from posttrain.data.length import apply_length_policy
@@ -36,7 +37,7 @@ EXPORT_FORMATS: tuple[str, ...] = get_args(ExportConfig.model_fields["format"].a
 
 def run_of(path: str | Path) -> RunDirectory | None:
     """Return the run directory that ``path`` is or lies in, or None."""
-    start = Path(path).expanduser()
+    start = _expanded(path)
     if not start.exists():
         return None
     for folder in [start, *start.resolve().parents][:4]:
@@ -44,6 +45,19 @@ def run_of(path: str | Path) -> RunDirectory | None:
         if run.config.is_file() and run.manifest.is_file():
             return run
     return None
+
+
+def _expanded(path: str | Path) -> Path:
+    """Return a path of the command line with ``~`` replaced.
+
+    Raises:
+        RunError: The system refuses to look at it.
+    """
+    try:
+        usable_path(str(path))
+        return Path(path).expanduser()
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 def model_of(path: str | Path) -> str:
@@ -56,9 +70,9 @@ def model_of(path: str | Path) -> str:
     Raises:
         RunError: A run directory without any of them.
     """
-    run = RunDirectory(Path(path).expanduser())
+    run = RunDirectory(_expanded(path))
     if not run.config.is_file():
-        return str(Path(path).expanduser()) if str(path).startswith("~") else str(path)
+        return str(run.root) if str(path).startswith("~") else str(path)
     if run.finished_model.is_dir():
         return str(run.finished_model)
     checkpoint = newest_checkpoint(run.checkpoints)
