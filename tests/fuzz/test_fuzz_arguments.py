@@ -69,7 +69,7 @@ def _there(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(BASE | {"model": {"path": "./nowhere_at_all"}}))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     verb=st.sampled_from(VERBS),
     first=st.lists(st.sampled_from(PATHS), max_size=2),
