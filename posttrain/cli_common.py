@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Annotated, Any, NoReturn
@@ -23,11 +24,28 @@ def stdout() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
+SPEAKING = 10.0
+"""Seconds in which the first process of a machine can say what is wrong, before the others end."""
+
+
 def request_error(message: str) -> NoReturn:
-    """Say on stderr what is wrong with the request, and end with exit code 2."""
-    if first_on_this_machine():  # all processes of a run read the same request
+    """Say on stderr what is wrong with the request, and end with exit code 2.
+
+    All processes of a run read the same request, and the first of a machine speaks for them. The launcher
+    ends the others when one has ended: that must not be one of the silent ones, before the first has spoken.
+    """
+    if first_on_this_machine() or not _ended_while_waiting(SPEAKING):
         stderr().print(f"error: {message}", markup=False)
     raise typer.Exit(2)
+
+
+def _ended_while_waiting(seconds: float) -> bool:
+    """Whether the launcher (or Ctrl-C) asks this process to end while it waits; else it is on its own."""
+    try:
+        time.sleep(seconds)
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def first_on_this_machine() -> bool:

@@ -59,7 +59,7 @@ def main(modes: list[str]) -> int:
         "about": "written by scripts/update_launch_matrix.py",
         "processes": 2,
         "steps": cases.STEPS,
-        "bars": {"losses": measure.LOSSES, "weights": measure.WEIGHTS, "looser_losses": measure.LOOSE},
+        "bars": {"losses": measure.LOSSES, "weights": measure.WEIGHTS},
         "versions": versions(),
         "cells": cells,
     }

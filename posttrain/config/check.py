@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from posttrain.config.launch import processes
+from posttrain.config.launch import launch_mode, processes
 from posttrain.config.load import Document, holds, load_document
 from posttrain.config.method_check import check_methods, json_text
 from posttrain.config.problems import ConfigError, KeyPath, Problem, Report, nearest
@@ -189,6 +189,7 @@ def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, Any]]:
         rewards=config.rewards,
     )
     problems += more
+    problems += _fsdp_on_cpu(trainer)
     if spec.generates:
         problems += _sampling(config, trainer, methods)
         problems += _server(config, trainer)
@@ -225,6 +226,16 @@ def _sampling(
     if found is not None:
         severity: Literal["error", "warning"] = "error" if found.fatal else "warning"
         yield Problem(found.message, ("trainer", found.field), severity, suggestion=found.fix)
+
+
+def _fsdp_on_cpu(trainer: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield that FSDP is asked for where accelerate would quietly run plain DDP."""
+    if launch_mode(trainer) in ("fsdp1", "fsdp2") and trainer.get("use_cpu"):
+        yield Problem(
+            "FSDP shards on GPUs only, and use_cpu is set",
+            ("trainer", "use_cpu"),
+            suggestion="leave use_cpu out, or launch with DDP, or with DeepSpeed, which shards on CPUs too",
+        )
 
 
 def _server(config: RunConfig, trainer: Mapping[str, Any]) -> Iterator[Problem]:

@@ -143,7 +143,12 @@ def _conflicts(
     for name, method in built.items():
         if not isinstance(method, (rl.Method, preference.Method, sft.Method)):
             continue
-        for conflict in method.conflicts(setup):
+        found = list(method.conflicts(setup))
+        whole = isinstance(method, sft.Method) and not method.any_launch and not method.neutral
+        if whole and not any(conflict.fatal for conflict in found):
+            # one of the user's own: the trainer refuses it too, once the model is there
+            found += rl.not_sharded(setup, f"{name} needs whole weights (any_launch is not set)")
+        for conflict in found:
             path: KeyPath = ("methods", name)
             if conflict.field is not None and conflict.field in written:
                 path = ("trainer", conflict.field)

@@ -15,6 +15,7 @@ from posttrain.config.schema import SelectionConfig
 from posttrain.config.sentences import problems_of
 from posttrain.config.tasks import Task
 from posttrain.selection import registry
+from posttrain.selection.explicit import Explicit
 from posttrain.selection.selector import Selector
 
 _PARAMS: KeyPath = ("selection", "params")
@@ -150,6 +151,12 @@ def _selector_rules(
             ("selection", "backend"),
             needed=" or ".join(can),
         )
+    elif selection.backend == "freeze" and _in_part(selector):
+        yield Problem(
+            f"{selector.name} trains parts of tensors, and 'freeze' takes whole ones",
+            ("selection", "backend"),
+            needed="auto, packed, composed or masked",
+        )
     mode = launch_mode(trainer)
     if changing and mode in SHARDED:
         why = (
@@ -162,7 +169,7 @@ def _selector_rules(
             ("selection", "method"),
             suggestion="use DDP, or a selector whose selection stays",
         )
-    elif mode == "fsdp1" and selector.granularity == "element":
+    elif mode == "fsdp1" and _in_part(selector):
         yield Problem(
             f"{selector.name} trains single scalars, and FSDP1 flattens tensors together",
             ("selection", "method"),
@@ -190,3 +197,10 @@ def _selector_rules(
             "warning",
             found=selection.round,
         )
+
+
+def _in_part(selector: Selector) -> bool:
+    """Whether some scalars of a tensor move and others do not, as far as the parameters tell."""
+    if isinstance(selector, Explicit):
+        return bool(selector.rows or selector.columns)
+    return selector.granularity == "element" and getattr(selector, "level", "element") == "element"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from posttrain import cli_common
 from posttrain.checkpointing.folders import newest_checkpoint
 from posttrain.errors import describe, is_request_error
 
@@ -318,8 +319,20 @@ def test_a_path_with_brackets_is_shown_as_it_is(config, tmp_path):
 
 
 def test_only_the_first_process_of_a_machine_speaks_about_the_request(config, monkeypatch):
+    def ended(seconds):  # as the launcher does when the first process has ended
+        os.kill(os.getpid(), signal.SIGTERM)
+
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("posttrain.cli_common.time.sleep", ended)
     assert posttrain("train", "nowhere.yaml", code=2).stderr == ""
+
+
+def test_a_process_that_alone_finds_the_request_wrong_says_so(config, monkeypatch):
+    waited = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("posttrain.cli_common.time.sleep", waited.append)
+    assert "nowhere.yaml" in posttrain("train", "nowhere.yaml", code=2).stderr
+    assert waited == [cli_common.SPEAKING]  # the first had its time to speak
 
 
 class VerifierFailure(Exception):  # the name of one of ours, in another module

@@ -84,6 +84,8 @@ def test_a_plan_file_must_be_there(problems, tmp_path):
             "selection.backend",
             "needs packed values",
         ),
+        ("selection: {random: {}, backend: freeze}", "selection.backend", "parts of tensors"),
+        ("selection: {explicit: {rows: {q: [0]}}, backend: freeze}", "selection.backend", "parts of tensors"),
         ("selection: {hft: {ration: 0.5}}", "selection.hft.ration", "unknown key 'ration'"),
         ("selection: {method: hft, params: {ratio: 2}}", "selection.params.ratio", "not allowed"),
         ("selection: {method: hft, plan: x}", "selection.plan", "either a selector or a plan file"),
@@ -100,6 +102,13 @@ def test_mistakes_are_named_where_they_stand(problems, text, key, words):
     assert key in found, found
     assert words in found[key].message
     assert found[key].severity == "error"
+
+
+@pytest.mark.parametrize(
+    "selector", ["random: {level: tensor}", "bitfit: {}", "hft: {}", "explicit: {parameters: [norm]}"]
+)
+def test_whole_tensors_can_be_frozen(problems, selector):
+    assert problems(f"selection: {{{selector}, backend: freeze}}") == {}
 
 
 def test_near_names_are_suggested(problems):

@@ -65,8 +65,8 @@ SELECTORS: dict[str, dict[str, Any]] = {
     "ssd": {"fraction": 0.05},
     "wagle": {"budget": 0.05},
 }
-#: Parameters beside those of the tables, with which numbers are not those of rounding (see measure.LOOSE).
-FULL: dict[str, dict[str, Any]] = {"constrained": {"task": "none"}}
+#: LoRA alpha and learning rate where a method divides by a spread, which has to be large against rounding.
+SPREAD: dict[str, tuple[int, float]] = {"constrained": (1024, 1e-2), "gardo_diversity": (256, 1e-3)}
 #: Methods that train adapters by definition.
 ADAPTERS_ONLY = {"preference/ofs_dpo"}
 #: Methods that give TRL's numbers by definition.
@@ -147,14 +147,25 @@ def prepare(folder: Path) -> None:
                 parameter.view(-1)[index :: 20 + index] += 0.01
 
 
-def adapter(lora: bool) -> Any:
+def adapter(lora: bool, alpha: int = 32) -> Any:
     # not as PEFT begins, where policy and reference are one and divergences are 0
-    return support.lora(init_lora_weights=False, lora_alpha=32) if lora else None
+    return support.lora(init_lora_weights=False, lora_alpha=alpha) if lora else None
 
 
-def rl(folder: Path, ranks: int, methods: Sequence[Any], *, lora: bool, row: Any = None) -> Any:
+def rl(
+    folder: Path,
+    ranks: int,
+    methods: Sequence[Any],
+    *,
+    lora: bool,
+    row: Any = None,
+    spread: tuple[int, float] | None = None,
+) -> Any:
     """GRPO; the case without methods really generates."""
     more = {} if row is None else row.trainer
+    alpha = 32
+    if spread is not None:
+        alpha, more = spread[0], more | {"learning_rate": spread[1]}
     args = support.grpo_config(folder, **(settings(ranks) | {"num_generations": 4} | more))
     return (Generated if row is None else FixedRollouts)(
         model=start(folder),
@@ -162,7 +173,7 @@ def rl(folder: Path, ranks: int, methods: Sequence[Any], *, lora: bool, row: Any
         reward_funcs=support.letter_reward if row is None else list(row.rewards),
         train_dataset=support.prompts(48),
         processing_class=support.tokenizer(),
-        peft_config=adapter(lora),
+        peft_config=adapter(lora, alpha),
         methods=methods,
     )
 
@@ -246,9 +257,9 @@ def _cases() -> dict[str, Case]:
             for name, parameters in table.items():
                 if f"{task}/{name}" in ADAPTERS_ONLY and not lora:
                     continue
-                if not lora:
-                    parameters = parameters | FULL.get(name, {})
                 more: dict[str, Any] = {"row": test_rl_table.ROWS[name]} if task == "rlvr" else {}
+                if name in SPREAD:
+                    more["spread"] = SPREAD[name]
                 if name == "lipo":
                     more["lists"] = True
                 found[f"{task}/{name}{tail}"] = Case(

@@ -18,9 +18,6 @@ SCRIPT = Path(__file__).with_name("matrix_ranks.py")
 MODES = {"ddp": "cpu_ddp", "zero2": "cpu_zero2", "zero3": "cpu_zero3", "fsdp2": "cpu_ddp"}
 #: Relative difference of losses, and absolute one of weights, up to which two processes are one.
 LOSSES, WEIGHTS = 1e-5, 1e-4
-#: Other bars for losses. The task kl of constrained divides the drift from the reference by its spread, and
-#: brings out the rounding of log-probabilities while the drift is small.
-LOOSE = {"rlvr/constrained+lora": 1e-4}
 _KIND = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
 
 
@@ -66,7 +63,7 @@ def found(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def verdict(
-    one: dict[str, Any], two: dict[str, Any] | None, mode: str, bar: float = LOSSES
+    one: dict[str, Any], two: dict[str, Any] | None, mode: str
 ) -> dict[str, Any]:
     """Return what a mode makes of a case: it works, is refused, or is broken."""
     if two is None:
@@ -80,7 +77,7 @@ def verdict(
     if "losses" not in one:
         return {"verdict": "broken", "reason": "one process refuses it, or breaks"}
     losses, weights = difference(one, two)
-    works = losses < bar and weights < WEIGHTS
+    works = losses < LOSSES and weights < WEIGHTS
     measured = {"losses": float(f"{losses:.1e}"), "weights": float(f"{weights:.1e}")}
     return measured | (
         {"verdict": "works"} if works else {"verdict": "broken", "reason": f"it differs: {measured}"}
@@ -97,7 +94,7 @@ def table(
             rows[name] = {"single": {"verdict": "refused", "reason": one["refused"]}}
         else:
             rows[name] = {
-                mode: verdict(one, found.get(name), mode, LOOSE.get(name, LOSSES))
+                mode: verdict(one, found.get(name), mode)
                 for mode, found in modes.items()
             }
     return rows
