@@ -62,9 +62,7 @@ def found(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: torch.load(path) for name, path in paths.items() if path.is_file()}
 
 
-def verdict(
-    one: dict[str, Any], two: dict[str, Any] | None, mode: str
-) -> dict[str, Any]:
+def verdict(one: dict[str, Any], two: dict[str, Any] | None, mode: str) -> dict[str, Any]:
     """Return what a mode makes of a case: it works, is refused, or is broken."""
     if two is None:
         return {"verdict": "broken", "reason": "it does not end, or ends the process"}
@@ -93,10 +91,7 @@ def table(
         if "refused" in one:
             rows[name] = {"single": {"verdict": "refused", "reason": one["refused"]}}
         else:
-            rows[name] = {
-                mode: verdict(one, found.get(name), mode)
-                for mode, found in modes.items()
-            }
+            rows[name] = {mode: verdict(one, found.get(name), mode) for mode, found in modes.items()}
     return rows
 
 
