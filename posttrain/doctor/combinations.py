@@ -394,6 +394,19 @@ def hub(machine: Machine) -> Iterator[Finding]:
         )
 
 
+def compile_locks(machine: Machine) -> Iterator[Finding]:
+    """Locks on which every later run would wait, without a word."""
+    if machine.stale_locks:
+        yield Finding(
+            "stale_compile_lock",
+            "warning",
+            f"{len(machine.stale_locks)} old lock(s) of a compilation: {', '.join(machine.stale_locks[:3])}",
+            "a process was killed while DeepSpeed or torch compiled an extension; the next one that needs it "
+            "waits for ever",
+            "delete the lock, or the folder it is in, when nothing compiles there",
+        )
+
+
 def rivals(machine: Machine) -> Iterator[Finding]:
     """Packages that change TRL or transformers when they are imported."""
     if machine.versions.get("unsloth"):
@@ -465,6 +478,7 @@ CHECKS: tuple[Check, ...] = (
     slow_settings,
     tokenizers,
     hub,
+    compile_locks,
     rivals,
     worth_installing,
 )

@@ -6,12 +6,14 @@ the others. What follows from the facts is in :mod:`posttrain.doctor.combination
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +27,9 @@ from posttrain.run.manifest import cpu_model, memory_gib
 
 IMPORTED = ("transformers", "trl", "peft", "posttrain.rl.trainer", "posttrain.preference.trainer")
 """What is imported to see whether it can be."""
+
+STALE_SECONDS = 1800.0
+"""Age from which the lock of a compilation is one that was left: none takes half an hour."""
 
 # what is shown of the environment; nothing here holds secrets
 VARIABLES = (
@@ -100,6 +105,7 @@ class Machine:
         offline: Whether the Hub client is told to stay offline.
         token: Whether a Hub token is there. It is never shown.
         launch: accelerate's default configuration, when there is one; ``path`` among the keys.
+        stale_locks: Locks of compilations of torch extensions that are older than :data:`STALE_SECONDS`.
     """
 
     executable: str = ""
@@ -128,6 +134,7 @@ class Machine:
     offline: bool = False
     token: bool = False
     launch: dict[str, Any] = field(default_factory=dict)
+    stale_locks: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts for JSON."""
@@ -157,6 +164,7 @@ def look(folder: Path | None = None) -> Machine:
         disks=_disks(folder or Path("runs")),
         environment=environment,
         launch=default_launch(hub_home(os.environ)),
+        stale_locks=stale_locks(extensions_home(os.environ), time.time()),
     )
     machine.driver, machine.driver_gpus = _driver()
     _ask_torch(machine)
@@ -166,6 +174,25 @@ def look(folder: Path | None = None) -> Machine:
             machine.import_errors[name] = error
     _ask_hub(machine)
     return machine
+
+
+def extensions_home(environment: Mapping[str, str]) -> Path:
+    """Return the folder in which torch compiles extensions, DeepSpeed's among them."""
+    set_here = environment.get("TORCH_EXTENSIONS_DIR")
+    if set_here:
+        return Path(set_here)
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+
+
+def stale_locks(folder: Path, now: float) -> list[str]:
+    """Return the locks of compilations that nobody can still be at, ``now`` in seconds since the epoch."""
+    found = []
+    for pattern in ("*/lock", "*/*/lock"):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):  # it has just gone
+                if now - path.stat().st_mtime > STALE_SECONDS:
+                    found.append(str(path))
+    return sorted(found)
 
 
 def hub_home(environment: Mapping[str, str]) -> Path:

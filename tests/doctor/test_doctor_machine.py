@@ -1,7 +1,9 @@
 """Every known-bad combination is found on the machine that has it, and on no healthy one."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from typer.testing import CliRunner
 from posttrain.cli import app
 from posttrain.doctor import combinations, machine, packages
 from posttrain.doctor.combinations import CHECKS, judge
-from posttrain.doctor.machine import Disk, Gpu, Machine, default_launch
+from posttrain.doctor.machine import Disk, Gpu, Machine, default_launch, extensions_home, stale_locks
 from posttrain.doctor.packages import Requires
 
 H100 = Gpu("NVIDIA H100", 80.0, 79.0, (9, 0), True)
@@ -76,6 +78,7 @@ CASES = {
     "hub_offline": ({"offline": True}, "note"),
     "no_hub_token": ({"token": False}, "note"),
     "unsloth_installed": ({"versions": healthy().versions | {"unsloth": "2026.8"}}, "warning"),
+    "stale_compile_lock": ({"stale_locks": ["/cache/py311_cpu/deepspeed_shm_comm/lock"]}, "warning"),
     "no_vllm": ({"versions": healthy().versions | {"vllm": None}}, "note"),
     "no_bitsandbytes": ({"versions": healthy().versions | {"bitsandbytes": None}}, "note"),
     "no_flash_attention": ({"versions": healthy().versions | {"flash-attn": None}}, "note"),
@@ -118,6 +121,18 @@ def test_every_finding_has_a_case():
 def test_which_cards_a_build_runs_on(built, capability, runs):
     found = judge(healthy(architectures=built, gpus=[replace(H100, capability=capability)] * 2))
     assert ("no_kernels_for_gpu" in {row.name for row in found}) is not runs
+
+
+def test_a_lock_is_stale_when_it_is_old(tmp_path):
+    folder = extensions_home({"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    for name in ("py311_cpu/cpu_adam", "py311_cpu/comm"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "lock").touch()
+    os.utime(folder / "py311_cpu/comm/lock", (0, 0))
+    now = (folder / "py311_cpu/cpu_adam/lock").stat().st_mtime + 60
+    assert stale_locks(folder, now) == [str(folder / "py311_cpu/comm/lock")]
+    assert stale_locks(tmp_path / "none", now) == []
+    assert extensions_home({"XDG_CACHE_HOME": "/c"}) == Path("/c/torch_extensions")
 
 
 def test_a_broken_package_is_told_once_with_its_cause():
