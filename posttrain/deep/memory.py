@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,10 @@ MOMENTS = {
 
 STATE_BYTES = {"sgd": 0, "lion_32bit": 4, "lion_8bit": 1, "adamw_bnb_8bit": 2, "adamw_8bit": 2}
 """Bytes of state per scalar of optimisers that keep it in a type of their own."""
+
+PROCESS = "rows and Python objects"
+PROCESS_BYTES = 10 * 2**20
+"""What runs on a CPU took beyond their tensors: 6 to 11 MiB (scripts/bench/memory_forecast.py --configs)."""
 
 PACKED_BYTES = 12
 """Of a packed scalar beside its gradient and state: value, position, and the weight before training."""
@@ -91,6 +95,11 @@ class Forecast:
         """The largest moment."""
         return max(self.moments, key=lambda name: self.moments[name])
 
+    @property
+    def largest(self) -> str:
+        """The term that a setting can lower most."""
+        return next(name for name in self.terms if name != PROCESS)
+
     def as_json(self) -> dict[str, Any]:
         """Return everything for JSON; sizes in bytes."""
         return {
@@ -115,6 +124,7 @@ class _Trained:
     prepare: Callable[[Any], Any] | None
     packed: int = 0
     dense: bool = False
+    passing: frozenset[str] = frozenset()
 
 
 def forecast(subject: Subject, longest: int, device: Device) -> Forecast:
@@ -133,9 +143,17 @@ def forecast(subject: Subject, longest: int, device: Device) -> Forecast:
     trained = _trained(subject)
     autocast = _autocast(subject, device)
     checkpointing = bool(values["gradient_checkpointing"])
-    options: dict[str, Any] = {"device": device, "autocast": autocast, "prepare": trained.prepare}
+    options: dict[str, Any] = {
+        "device": device,
+        "autocast": autocast,
+        "prepare": trained.prepare,
+        "passing": trained.passing,
+        **_divergence(subject),
+    }
     traced = trace_step(subject.model, shape, task, checkpointing=checkpointing, **options)
     standing = _standing(subject, traced, trained)
+    if device == "cpu":
+        standing[PROCESS] = PROCESS_BYTES
     moments: dict[str, dict[str, int]] = {}
     moments["step"] = {
         **standing,
@@ -160,9 +178,9 @@ def forecast(subject: Subject, longest: int, device: Device) -> Forecast:
     largest = max(totals, key=lambda name: totals[name])
     terms = dict(sorted(((k, v) for k, v in moments[largest].items() if v), key=lambda item: -item[1]))
     sharded = _sharded(subject, moments["step"], traced) if subject.processes > 1 else {}
-    advice = _advice(subject, next(iter(terms)), options, shape, traced)
     count = traced.trainable + (0 if trained.dense else trained.packed)
-    return Forecast(device, shape, totals, terms, sharded, count, advice, traced.unused)
+    found = Forecast(device, shape, totals, terms, sharded, count, (), traced.unused)
+    return replace(found, advice=_advice(subject, found.largest, options, shape, traced))
 
 
 def look_at_memory(subject: Subject, longest: int, device: Device) -> Section:
@@ -180,7 +198,7 @@ def look_at_memory(subject: Subject, longest: int, device: Device) -> Section:
 
 
 def _findings(found: Forecast) -> Iterator[Finding]:
-    largest = next(iter(found.terms))
+    largest = found.largest
     size = capacity(found.device)
     what = f"{found.peak / GIB:.2f} GiB at the peak ({MOMENTS[found.moment]}), most of it {largest}"
     cure = "; or ".join(found.advice)
@@ -259,12 +277,13 @@ def _scalars(whole: set[str], partial: set[str], count: int, dense: bool) -> _Tr
 
     def freeze(model: Any) -> Any:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in whole or (dense and name in partial))
+            parameter.requires_grad_(name in whole or name in partial)
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         return model
 
-    return _Trained(freeze, packed=count, dense=dense)
+    # a packed tensor is read as one that trains; of its gradient the selected scalars are kept
+    return _Trained(freeze, count, dense, frozenset() if dense else frozenset(partial))
 
 
 def _zeros(skeleton: Any) -> Any:
@@ -308,6 +327,19 @@ def _has_reference(subject: Subject) -> bool:
     methods = registry.build(subject.config.methods)
     needs = {need for method in methods for need in method.needs}
     return bool(values["beta"]) or bool(needs & {"ref_logps", "movable_reference"})
+
+
+def _divergence(subject: Subject) -> dict[str, bool]:
+    """Return whether methods on pairs ask for the exact divergence, and for the reference's states."""
+    if subject.config.task != "preference":
+        return {}
+    from posttrain.preference import registry
+
+    methods = registry.build(subject.config.methods)
+    return {
+        "kl": any("kl" in method.needs for method in methods),
+        "states": any(method.keeps_states for method in methods),
+    }
 
 
 def _state(subject: Subject, traced: Traced, trained: _Trained) -> int:
@@ -360,11 +392,12 @@ def _generation(
                 _forward(model, rows, max(prompt, 1), filled, max(prompt, 1))
             opened = live.peak - live.held
             del live
-            grown = _grown(filled, rows, shape.tokens - 1)
-            cache = sum(tensor.untyped_storage().nbytes() for tensor in grown[1])
-            live = LiveTensors([*model.parameters(), *model.buffers(), *grown[1]])
+            grown, parts = _grown(filled, rows, shape.tokens - 1)
+            cache = sum(tensor.untyped_storage().nbytes() for tensor in parts)
+            live = LiveTensors([*model.parameters(), *model.buffers(), *parts])
+            parts.clear()  # a layer's part goes when the longer one has taken its place
             with live:
-                logits = _forward(model, rows, 1, grown[0], shape.tokens)
+                logits = _forward(model, rows, 1, grown, shape.tokens)
                 probabilities = torch.softmax(logits.float().clone(), -1)
                 torch.multinomial(probabilities, 1)
             working = live.peak - live.held

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, add_fused_lm_head
 
 from posttrain.deep.live import LiveTensors
+from posttrain.kernels.reference import CPU_TILE, ROWS, TILE
 
 Device = Literal["cpu", "cuda"]
 HEAD_OUTPUTS = {
@@ -109,6 +110,9 @@ def trace_step(
     checkpointing: bool = False,
     autocast: torch.dtype | None = None,
     prepare: Callable[[Any], Any] | None = None,
+    passing: Collection[str] = (),
+    kl: bool = False,
+    states: bool = False,
 ) -> Traced:
     """Return the memory of one optimiser step, without optimiser.
 
@@ -120,14 +124,18 @@ def trace_step(
         checkpointing: Whether activations of layers are recomputed.
         autocast: Type of mixed precision, None for none.
         prepare: Wraps the model and says what trains (an adapter, a selection).
+        passing: Tensors whose gradient goes as soon as it is there: only some of its scalars are kept. They
+            do not count as trained.
+        kl: Whether the exact divergence from the reference is asked for, whose head is ours.
+        states: Whether the hidden states of the reference are kept as well.
     """
-    arguments = (skeleton, shape, task, device, checkpointing, autocast, prepare)
-    with_head = _traced(*arguments, head=True)
+    step = _Step(skeleton, shape, task, device, checkpointing, autocast, prepare, passing, kl, states)
+    with_head = _traced(step, head=True)
     if task == "reward":
         return with_head
-    body = _traced(*arguments, head=False)
+    body = _traced(step, head=False)
     unused = 0
-    if device == "cpu":
+    if device == "cpu" and not kl:
         # TRL's tile is as wide as its chunk also where the vocabulary is not; RAM is what is written to
         vocabulary = int(unwrapped(skeleton).get_output_embeddings().weight.size(0))
         size = (autocast or with_head.dtype).itemsize
@@ -148,20 +156,27 @@ def _tile_rows(shape: Shape) -> int:
     return min(shape.rows * (shape.tokens - 1), TOKEN_CHUNK_SIZE)
 
 
-def _traced(
-    skeleton: Any,
-    shape: Shape,
-    task: str,
-    device: Device,
-    checkpointing: bool,
-    autocast: torch.dtype | None,
-    prepare: Callable[[Any], Any] | None,
-    *,
-    head: bool,
-) -> Traced:
-    with fake_model(skeleton, prepare) as model:
+@dataclass(frozen=True)
+class _Step:
+    """The arguments of :func:`trace_step`."""
+
+    skeleton: Any
+    shape: Shape
+    task: str
+    device: Device
+    checkpointing: bool
+    autocast: torch.dtype | None
+    prepare: Callable[[Any], Any] | None
+    passing: Collection[str]
+    kl: bool
+    states: bool
+
+
+def _traced(step: _Step, *, head: bool) -> Traced:
+    shape, task = step.shape, step.task
+    with fake_model(step.skeleton, step.prepare) as model:
         inner = unwrapped(model)
-        if checkpointing:
+        if step.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             if inner is not model:
                 model.enable_input_require_grads()
@@ -171,13 +186,16 @@ def _traced(
         ids = torch.ones(shape.rows, shape.tokens, dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         live = LiveTensors([*model.parameters(), *model.buffers()])
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = [p for name, p in model.named_parameters() if p.requires_grad and name not in step.passing]
         live.watch(trained)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name in step.passing:
+                parameter.register_post_accumulate_grad_hook(_drop)
         with live:
             for _ in range(shape.passes):
-                context = torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext()
+                context = torch.autocast("cpu", step.autocast) if step.autocast else contextlib.nullcontext()
                 with context:
-                    loss = _loss(model, inner, inputs, task, device, head)
+                    loss = _loss(model, inner, inputs, step, head)
                 loss.backward()
                 del loss
     return Traced(
@@ -193,18 +211,34 @@ def _traced(
     )
 
 
-def _loss(model: Any, inner: Any, inputs: dict[str, Any], task: str, device: Device, head: bool) -> Any:
-    if task == "reward":
+def _loss(model: Any, inner: Any, inputs: dict[str, Any], step: _Step, head: bool) -> Any:
+    if step.task == "reward":
         return model(**inputs, use_cache=False).logits.float().sum()
-    if head and device == "cpu":
+    if head and step.device == "cpu" and not step.kl:
         outputs = model(**inputs, labels=inputs["input_ids"], fused_lm_head=True)
         return outputs.log_probs.sum() + outputs.loss
     hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state
+    if step.kl:
+        hidden = _Keep.apply(hidden, *_states_of_reference(inner, inputs, step.states))
     if not head:
         return hidden.float().sum()
     weight = inner.get_output_embeddings().weight
     flat = hidden[:, :-1].reshape(-1, hidden.size(-1))
-    return _GPUHead.apply(flat, weight).sum()
+    if not step.kl:
+        return _GPUHead.apply(flat, weight).sum()
+    return _HeadWithReference.apply(flat, weight, CPU_TILE if step.device == "cpu" else TILE).sum()
+
+
+def _states_of_reference(inner: Any, inputs: dict[str, Any], every: bool) -> list[torch.Tensor]:
+    """Return the last hidden states of a frozen forward, or those of every layer, as they are kept."""
+    with torch.no_grad():
+        outputs = inner.base_model(**inputs, use_cache=False, output_hidden_states=every)
+        states = outputs.hidden_states[1:] if every else (outputs.last_hidden_state,)
+        return [state[:, :-1].reshape(-1, state.size(-1)).clone() for state in states]
+
+
+def _drop(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 class _GPUHead(torch.autograd.Function):
@@ -232,3 +266,44 @@ def _tile(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> Non
     tile = hidden.new_empty(min(hidden.size(0), TOKEN_CHUNK_SIZE), _CHUNKED_LOGPROB_CHUNK_SIZE, dtype=dtype)
     part = weight[:_CHUNKED_LOGPROB_CHUNK_SIZE].to(dtype)
     del tile, part
+
+
+class _Keep(torch.autograd.Function):
+    """Keeps constants until the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, *constants: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*constants)
+        ctx.count = len(constants)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grads[0], *[None] * ctx.count
+
+
+class _HeadWithReference(torch.autograd.Function):
+    """Allocates what :func:`posttrain.kernels.score_against_reference` does: tiles of both models in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, tile: int) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.tile = tile
+        # logits of both, their exponentials, and twice the part of them before the token
+        _tiles_of_both(hidden, weight, tile, 5)
+        return hidden.new_zeros(hidden.size(0), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        hidden, weight = ctx.saved_tensors
+        to_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        _tiles_of_both(hidden, weight, ctx.tile, 2)
+        return to_hidden.to(hidden.dtype), None if to_weight is None else to_weight.to(weight.dtype), None
+
+
+def _tiles_of_both(hidden: torch.Tensor, weight: torch.Tensor, tile: int, count: int) -> None:
+    rows = min(hidden.size(0), ROWS)
+    columns = min(weight.size(0), max(1, tile // rows))
+    tiles = [hidden.new_empty(rows, columns, dtype=torch.float32) for _ in range(count)]
+    del tiles

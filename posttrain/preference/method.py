@@ -185,6 +185,11 @@ class Method(BaseModel):
         return frozenset()
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether the hidden states of every layer of the reference stay until the loss; for forecasts."""
+        return False
+
+    @property
     def lists(self) -> ListSettings | None:
         """How lists are to be read, for a method that trains on them; None for pairs."""
         return None

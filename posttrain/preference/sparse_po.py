@@ -168,6 +168,11 @@ class SparsePO(Method):
         """The divergence and the reference token by token."""
         return frozenset({"kl", "token_logps"})
 
+    @property
+    def keeps_states(self) -> bool:
+        """The network of learned masks reads them."""
+        return self._masked and self.token_mask == "learned"
+
     def conflicts(self, setup: Setup) -> Iterator[Conflict]:
         """Refuse what the base refuses; warn about masks on a moving reference and a divergence twice."""
         yield from super().conflicts(setup)

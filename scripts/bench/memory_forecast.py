@@ -9,6 +9,10 @@ gives back inside itself, and with what TRL's head reserves and never writes to.
 ``resident``::
 
     python scripts/bench/memory_forecast.py
+    python scripts/bench/memory_forecast.py --configs
+
+The second is about the runs of configs/ that are made for a CPU, with their own data, rows of all lengths and
+all their steps.
 """
 
 from __future__ import annotations
@@ -28,8 +32,10 @@ from common import in_own_processes, parser, peak_resident, quiet, report, resid
 from datasets import disable_progress_bars
 
 from posttrain.config.check import load_run_config
+from posttrain.config.schema import RunConfig
 from posttrain.deep.check import forecast_run
 from posttrain.deep.live import LiveTensors
+from posttrain.deep.memory import PROCESS_BYTES
 from posttrain.models.embedded import build_model, build_tokenizer
 from posttrain.run.train import train
 
@@ -51,10 +57,29 @@ ARMS: dict[str, dict[str, Any]] = {
     "sft_random": {"task": "sft", "selection": {"random": {"budget": 0.05}}},
     "dpo": {"task": "preference"},
     "dpo_lora": {"task": "preference", "model": {"adapter": {"type": "lora", "r": 8}}},
+    "sparse_po": {"task": "preference", "methods": {"sparse_po": {}}},
+    "rpo": {"task": "preference", "methods": {"rpo": {}}},
     "grpo": {"task": "rlvr"},
     "grpo_kl": {"task": "rlvr", "trainer": {"beta": 0.04}},
+    # many completions sampled at once: the cache is what counts
+    "grpo_sampling": {
+        "task": "rlvr",
+        "trainer": {"gradient_accumulation_steps": 32, "per_device_train_batch_size": 4},
+    },
     "grpo_lora": {"task": "rlvr", "model": {"adapter": {"type": "lora", "r": 8}}},
 }
+# CPU-size runs of configs/, all their steps, without what comes before and after; with other settings
+ALONE = ("evaluate=null", "export=null", "warm_start=null", "trainer.save_strategy=no")
+CONFIGS: dict[str, tuple[str, ...]] = {
+    "sft/chain_sum_cpu.yaml": (),
+    "selection/packed_stories.yaml": (),
+    "preference/dpo_stories.yaml": (),
+    "preference/dpo_stories.yaml + SparsePO": ("methods.sparse_po={}",),
+    "preference/dpo_stories.yaml + LoRA": ("model.adapter={r: 8}",),
+    "rlvr/quickstart.yaml": ("trainer.max_steps=20",),
+    "rlvr/stories_lora.yaml": (),
+}
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def checkpoint(folder: Path, options: argparse.Namespace, *, tiny: bool) -> Path:
@@ -108,19 +133,29 @@ def configuration(arm: str, model: Path, folder: Path, options: argparse.Namespa
     if own["task"] == "rlvr":
         config["rewards"] = [{"format": {"params": {"pattern": "[a-z]", "match": "search"}}}]
         config["trainer"] |= {"num_generations": options.rows, "max_completion_length": rest}
-    if "selection" in own:
-        config["selection"] = own["selection"]
+    config |= {section: own[section] for section in ("selection", "methods") if section in own}
     path = folder / f"{arm}-{model.name}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 
 
+def run_of(arm: str, folder: Path, options: argparse.Namespace, *, tiny: bool = False) -> RunConfig:
+    """Return the run of an arm; ``tiny`` for one that only loads what a run needs."""
+    if arm in CONFIGS:
+        given = [*ALONE, *CONFIGS[arm], f"run_dir={folder / 'run'}{tiny:d}", "trainer.report_to=none"]
+        if not arm.startswith("rlvr/"):
+            given.append("rewards=[]")  # they are for the evaluation
+        given += ["trainer.disable_tqdm=true", *(["trainer.max_steps=1"] if tiny else [])]
+        os.chdir(ROOT)  # paths in there are of the checkout
+        return load_run_config(ROOT / "configs" / arm.split(" + ")[0], given)
+    model = checkpoint(folder / ("tiny" if tiny else "model"), options, tiny=tiny)
+    return load_run_config(configuration(arm, model, folder, options))
+
+
 def measured(arm: str, options: argparse.Namespace, folder: Path, *, tensors: bool) -> dict[str, int]:
     """Carry out an arm in this process; return the bytes it took."""
-    tiny = checkpoint(folder / "tiny", options, tiny=True)
-    train(load_run_config(configuration(arm, tiny, folder, options)))
-    model = checkpoint(folder / "model", options, tiny=False)
-    config = load_run_config(configuration(arm, model, folder, options))
+    train(run_of(arm, folder, options, tiny=True))
+    config = run_of(arm, folder, options)
     gc.collect()
     if tensors:
         with LiveTensors() as live:
@@ -135,8 +170,7 @@ def measured(arm: str, options: argparse.Namespace, folder: Path, *, tensors: bo
 
 def forecast_of(arm: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return what the check says, from shapes."""
-    model = checkpoint(folder / "model", options, tiny=False)
-    found = forecast_run(load_run_config(configuration(arm, model, folder, options)), device="cpu")
+    found = forecast_run(run_of(arm, folder, options), device="cpu")
     assert found is not None
     return found.as_json()
 
@@ -144,7 +178,8 @@ def forecast_of(arm: str, options: argparse.Namespace, folder: Path) -> dict[str
 def main() -> None:
     """Forecast, measure and print."""
     made = parser(__doc__)
-    made.add_argument("--arm", action="append", choices=sorted(ARMS), help="one arm; all when unset")
+    made.add_argument("--arm", action="append", choices=sorted(ARMS | CONFIGS), help="(all)")
+    made.add_argument("--configs", action="store_true", help="the runs of configs/")
     for name, default in {
         "hidden": 256, "layers": 4, "vocabulary": 4096, "tokens": 128, "rows": 8
     }.items():  # fmt: skip
@@ -170,19 +205,19 @@ def main() -> None:
             return
         os.environ.update(GLIBC)  # for the processes that are started
         arms = {}
-        for arm in options.arm or ARMS:
-            kinds = ("forecast", "resident", "tensors")
-            forecast, resident_, tensors = in_own_processes([["--only", kind, arm] for kind in kinds])
-            peak = forecast["peak"]
+        for arm in options.arm or (CONFIGS if options.configs else ARMS):
+            kinds = ("forecast", "resident") if arm in CONFIGS else ("forecast", "resident", "tensors")
+            found, *taken = in_own_processes([["--only", kind, arm] for kind in kinds])
+            took = {name: value for one in taken for name, value in one.items()}
             arms[arm] = {
-                "forecast": peak,
-                **resident_,
-                **tensors,
-                "to_resident": peak / resident_["resident"],
-                "to_tensors": (peak + forecast["unused"]) / tensors["tensors"],
-                "moment": forecast["moment"],
-                "terms": forecast["terms"],
+                "forecast": found["peak"],
+                **took,
+                "to_resident": found["peak"] / took["resident"],
+                "moment": found["moment"],
+                "terms": found["terms"],
             }
+            if "tensors" in took:
+                arms[arm]["to_tensors"] = (found["peak"] - PROCESS_BYTES + found["unused"]) / took["tensors"]
             print(f"{arm}: {arms[arm]['to_resident']:.3f}", file=sys.stderr)
     report(options, hidden=("only", "arm"), glibc=GLIBC, arms=arms)
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from posttrain import SFTTrainer
 from posttrain.config.check import load_run_config
 from posttrain.deep.check import forecast_run
 from posttrain.deep.live import LiveTensors
-from posttrain.deep.memory import GIB
+from posttrain.deep.memory import GIB, PROCESS, PROCESS_BYTES
 from posttrain.deep.trace import HEAD_OUTPUTS, Shape, trace_step
 from posttrain.models.embedded import build_model, build_tokenizer
 
@@ -88,6 +92,14 @@ def test_a_fake_step_is_a_real_one(checkpointing, adapter, passes):
     )
 
 
+def test_states_of_the_reference_count():
+    skeleton = toy(hidden_size=64, vocab_size=40, num_hidden_layers=12).to("meta")
+    without = trace_step(skeleton, SHAPE, "preference", kl=True)
+    kept = trace_step(skeleton, SHAPE, "preference", kl=True, states=True)
+    # at least those of the layers above the last, which is kept anyway
+    assert kept.peak - without.peak >= 11 * SHAPE.rows * (SHAPE.tokens - 1) * 64 * 4
+
+
 def checkpoint(folder, **sizes):
     build_model(**sizes).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
@@ -137,6 +149,10 @@ def test_terms(tmp_path):
     assert pairs.shape.rows == 8
     scored = predict(tmp_path, config(tmp_path, "preference"), "trainer.precompute_ref_log_probs=true")
     assert "reference model" not in scored.terms
+    # the head of the exact divergence works in tiles of its own, small on a CPU
+    divergence = predict(tmp_path, config(tmp_path, "preference", methods={"tdpo": {}}))
+    assert divergence.terms.get("logits of the LM head", 0) < pairs.terms["logits of the LM head"]
+    assert PROCESS not in predict(tmp_path, config(tmp_path), device="cuda").terms
     adapter = predict(tmp_path, config(tmp_path, "preference"), "model.adapter={r: 4}")
     assert "reference model" not in adapter.terms
     assert adapter.terms["optimiser"] == 8 * adapter.trainable < full.terms["optimiser"] / 5
@@ -160,6 +176,8 @@ def test_rollouts(tmp_path):
     assert found.moment == "generation"
     # keys and values of 2 layers, 64 wide, of 4 x 64 rows and all tokens but the last, in fp32
     assert found.terms["cache of the rollout"] == 2 * 2 * 64 * 256 * (20 + 100 - 1) * 4
+    # a layer's cache is copied as it grows, one layer at a time
+    assert found.terms["sampling"] < 0.7 * found.terms["cache of the rollout"]
     assert "reference model" not in found.terms
     assert "reference model" in predict(tmp_path, config(tmp_path, "rlvr"), "trainer.beta=0.1").terms
     gated = predict(tmp_path, config(tmp_path, "rlvr", methods={"ace": {"alpha": 1.0}}))
@@ -182,7 +200,7 @@ def test_advice_lowers_what_it_is_about(tmp_path):
     run = config(tmp_path)
     run["trainer"] |= {"per_device_train_batch_size": 16}
     before = predict(tmp_path, run)
-    assert next(iter(before.terms)) == "activations"
+    assert before.largest == "activations"
     assert before.advice[0].startswith("trainer.gradient_checkpointing: true (saves ")
     after = predict(tmp_path, run, "trainer.gradient_checkpointing=true")
     assert after.terms["activations"] < 0.6 * before.terms["activations"]
@@ -215,7 +233,7 @@ def test_the_trainer_takes_what_was_forecast(tmp_path):
             methods=[],
         )
         trainer.train()
-    assert found.peak + found.unused == pytest.approx(live.peak, rel=0.15)
+    assert found.peak - PROCESS_BYTES + found.unused == pytest.approx(live.peak, rel=0.15)
 
 
 def test_the_section_says_what_to_do(tmp_path):
@@ -232,3 +250,16 @@ def test_a_selection_that_does_not_fit_is_an_error(tmp_path):
     (said,) = section(report, "memory").findings
     assert said.level == "error"
     assert "nothing_like_it" in said.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["sft_random", "sparse_po"])
+def test_the_process_takes_what_was_forecast(arm):
+    """Resident memory of ``posttrain train`` in a process of its own, within the bar of 15 %."""
+    script = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "memory_forecast.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--arm", arm, "--vocabulary", "512", "--layers", "2"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["arms"][arm]["to_resident"] == pytest.approx(1, abs=0.15)
