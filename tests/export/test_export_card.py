@@ -20,8 +20,9 @@ from posttrain.run.manifest import build_manifest
 
 CONFIG = {
     "task": "rlvr",
-    "model": {"path": "org/some-base"},
+    "model": {"path": "org/some-base", "dtype": "float32"},
     "data": {"source": "reasoning_gym:chain_sum"},
+    "trainer": {},
     "methods": {"ace": {"alpha": 0.5}},
     "selection": {"method": "hft", "params": {"ratio": 0.25}},
 }
