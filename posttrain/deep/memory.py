@@ -127,13 +127,14 @@ class _Trained:
     passing: frozenset[str] = frozenset()
 
 
-def forecast(subject: Subject, longest: int, device: Device) -> Forecast:
+def forecast(subject: Subject, longest: int, device: Device, traced: Traced | None = None) -> Forecast:
     """Return the memory that each process of a run takes.
 
     Args:
         subject: With model; processes are those of the launch that is meant.
         longest: Tokens of the longest sequence in training (prompt and completion).
         device: ``cuda`` or ``cpu``: they differ in the LM head and in the default of ``bf16``.
+        traced: The step of such a run, where it was traced already for another number of processes.
 
     Raises:
         posttrain.selection.plan.PlanError, ValueError: The selection or the adapter does not fit the model.
@@ -150,7 +151,8 @@ def forecast(subject: Subject, longest: int, device: Device) -> Forecast:
         "passing": trained.passing,
         **_divergence(subject),
     }
-    traced = trace_step(subject.model, shape, task, checkpointing=checkpointing, **options)
+    if traced is None:
+        traced = trace_step(subject.model, shape, task, checkpointing=checkpointing, **options)
     standing = _standing(subject, traced, trained)
     if device == "cpu":
         standing[PROCESS] = PROCESS_BYTES

@@ -279,7 +279,17 @@ def threads(machine: Machine) -> Iterator[Finding]:
 def disks(machine: Machine) -> Iterator[Finding]:
     """Little room where something will be written."""
     for disk in machine.disks:
-        if disk.free_gib < DISK_LOW:
+        if not disk.writable:
+            yield Finding(
+                "not_writable",
+                "error",
+                f"{disk.path}, where {disk.use} would go, cannot be written to by this user",
+                "a folder of another user or a disk that is mounted read-only, as in many containers",
+                "chown or remount it, or set "
+                + {"runs": "run_dir", "model cache": "HF_HOME"}.get(disk.use, "TMPDIR")
+                + " to a folder of yours",
+            )
+        elif disk.free_gib < DISK_LOW:
             yield Finding(
                 "disk_full" if disk.free_gib < DISK_FULL else "disk_low",
                 "error" if disk.free_gib < DISK_FULL else "warning",

@@ -87,6 +87,12 @@ KNOWN = (
         "free space or lower trainer.save_total_limit, then go on with --resume",
     ),
     Known(
+        "no_permission",
+        r"PermissionError|Permission denied|Read-only file system|EROFS|EACCES",
+        "this user may not write there: a folder of another user, or a disk mounted read-only",
+        "chown it, or set run_dir (runs), HF_HOME (models and data) or TMPDIR to a folder of yours",
+    ),
+    Known(
         "verifier_failure",
         r"max_failures|The verifier is at fault|VerifierStartError|verifier process",
         "the reward function raises or takes too long, whatever the model answers",

@@ -66,12 +66,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Disk:
-    """Where something is written; sizes in GiB."""
+    """Where something is written; sizes in GiB. ``path`` is the nearest folder that is there."""
 
     use: str
     path: str
     free_gib: float
     total_gib: float
+    writable: bool = True
 
 
 @dataclass
@@ -320,7 +321,15 @@ def _disks(folder: Path) -> list[Disk]:
             usage = shutil.disk_usage(there)
         except OSError:
             continue
-        found.append(Disk(use, str(there), round(usage.free / 2**30, 1), round(usage.total / 2**30, 1)))
+        found.append(
+            Disk(
+                use,
+                str(there),
+                round(usage.free / 2**30, 1),
+                round(usage.total / 2**30, 1),
+                os.access(there, os.W_OK | os.X_OK),
+            )
+        )
     return found
 
 

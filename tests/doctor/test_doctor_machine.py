@@ -68,6 +68,7 @@ CASES = {
     "too_many_threads": ({"quota": 4.0}, "warning"),
     "disk_low": ({"disks": [Disk("runs", "/", 3.0, 900.0)]}, "warning"),
     "disk_full": ({"disks": [Disk("runs", "/", 0.1, 900.0)]}, "error"),
+    "not_writable": ({"disks": [Disk("runs", "/data", 500.0, 900.0, False)]}, "error"),
     "accelerate_default": ({"launch": {"path": "x.yaml", "distributed_type": "DEEPSPEED"}}, "warning"),
     "launch_variables": (
         {"environment": {"ACCELERATE_USE_FSDP": "true", "TOKENIZERS_PARALLELISM": "0"}}, "warning"),
@@ -260,3 +261,15 @@ def test_a_torch_that_does_not_import_is_a_finding(monkeypatch):
     found = [row for row in judge(machine.look()) if row.name == "broken_import"]
     assert len(found) == 1
     assert "CUDA libraries" in found[0].cause
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
+    """Of a folder that is not there yet, the one above it counts."""
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    real = machine.os.access
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: path != locked and real(path, mode))
+    found = machine.look(locked / "runs")
+    (said,) = (row for row in judge(found) if row.name == "not_writable")
+    assert str(locked) in said.found
+    assert "run_dir" in said.advice

@@ -148,6 +148,7 @@ FAILURES = {
         "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
     ),
     "disk_full": OSError(28, "No space left on device"),
+    "no_permission": PermissionError(13, "Permission denied", "/data/runs/checkpoint-3"),
     "not_finite": FloatingPointError("the loss is nan after 3 optimiser steps"),
     "collective_timeout": RuntimeError("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL"),
     "device_assert": RuntimeError("CUDA error: device-side assert triggered"),
