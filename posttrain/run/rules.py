@@ -99,6 +99,11 @@ class History:
         values = self._values.get(name, [])
         return sum(values[-count:]) / count if len(values) >= 2 * count else None
 
+    def latest(self, name: str, count: int) -> list[float] | None:
+        """Last ``count`` values, or None before there are that many."""
+        values = self._values.get(name, [])
+        return values[-count:] if len(values) >= count else None
+
     def best(self, name: str) -> float | None:
         """Largest value."""
         return max(self._values[name]) if name in self._values else None
@@ -331,7 +336,21 @@ def dispersion(history: History, limits: Limits) -> tuple[str, str] | None:
     return found, f"the policy moves where nothing was compared: {_GENTLER}"
 
 
+def no_gradient(history: History, limits: Limits) -> tuple[str, str] | None:
+    """Nothing that trains reaches the loss; named within the first logs."""
+    norms = history.latest("grad_norm", limits.patience)
+    dead = history.latest("frac_reward_zero_std", limits.patience)
+    if norms is None or any(norms) or (dead and min(dead) > limits.dead_groups):
+        return None  # groups with equal rewards have none, and are told by themselves
+    return (
+        f"the gradient was exactly zero in the last {len(norms)} logs: no weight moves",
+        "with an adapter and gradient checkpointing: gradient_checkpointing_kwargs: {use_reentrant: false}; "
+        "else see which tokens train (posttrain check --deep), and model.adapter.target_modules",
+    )
+
+
 RULES: dict[str, Rule] = {
+    "no_gradient": no_gradient,
     "entropy_collapse": entropy_collapse,
     "entropy_blow_up": entropy_blow_up,
     "length_collapse": length_collapse,

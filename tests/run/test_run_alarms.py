@@ -44,6 +44,7 @@ def raised(before, after, tmp_path=None):
 
 
 CASES = {
+    "no_gradient": ({"grad_norm": 0.4}, {"grad_norm": 0.0}),
     "entropy_collapse": ({}, {"entropy": 0.01}),
     "entropy_blow_up": ({}, {"entropy": 2.5}),
     "length_collapse": ({}, {"completions/mean_length": 20}),
@@ -162,3 +163,16 @@ def test_usefulness():
     ]
     assert usefulness(rows, 2) == {"groups/useful": 0.5, "completions/distinct": 0.75}
     assert usefulness([], 2) == {}
+
+
+def test_weights_that_get_no_gradient_are_named_within_the_first_logs():
+    alarms = Alarms(None, Limits())
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0)
+    for state.global_step in range(1, Limits().patience + 1):
+        assert not alarms.raised
+        alarms.on_log(None, state, None, logs={"loss": 2.0, "grad_norm": 0.0})
+    assert list(alarms.raised) == ["no_gradient"]
+    assert "use_reentrant" in alarms.raised["no_gradient"].advice
+    # groups with equal rewards have no gradient, which is no fault of the model
+    dead = {"grad_norm": 0.0, "frac_reward_zero_std": 1.0}
+    assert "no_gradient" not in raised({"grad_norm": 0.4}, dead)
