@@ -380,7 +380,7 @@ def test_a_micro_batch_without_a_token_that_counts_adds_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"fsdp": "full_shard"}, "fsdp"),
+        ({"fsdp": "full_shard"}, "which FSDP2 shards"),
         (
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "use_reentrant: false",
