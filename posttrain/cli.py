@@ -26,7 +26,7 @@ from posttrain.cli_common import (
     stderr,
     stdout,
 )
-from posttrain.cli_delta import delta_app
+from posttrain.cli_delta import delta_app, sparsity
 from posttrain.cli_doctor import doctor
 from posttrain.cli_merging import best_of, merge, warm
 from posttrain.cli_plan import plan_app
@@ -66,6 +66,7 @@ app.add_typer(delta_app, name="delta")
 app.add_typer(plan_app, name="plan")
 app.command()(doctor)
 app.command()(samples)
+app.command()(sparsity)
 app.command()(merge)
 app.command()(warm)
 app.command("best-of")(best_of)
@@ -475,79 +476,6 @@ def continual(
             print_json(result)
         else:
             print_sequence(result, stdout())
-
-
-@app.command()
-def sparsity(
-    base: Annotated[
-        str,
-        typer.Argument(
-            metavar="BASE", help="The model before: folder, run directory or Hub id.", show_default=False
-        ),
-    ],
-    tuned: Annotated[
-        str,
-        typer.Argument(
-            metavar="TUNED",
-            help="The model after training; full weights, not an adapter.",
-            show_default=False,
-        ),
-    ],
-    other: Annotated[
-        str | None,
-        typer.Option("--other", help="A second run from the same base: how far the changed sets overlap."),
-    ] = None,
-    tolerances: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--tolerance", min=0, help="Largest difference that counts as none; 0 and 1e-5 when unset."
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype", help="Type both sides are rounded to: bfloat16, float16, float32, or stored."
-        ),
-    ] = "bfloat16",
-    rank: Annotated[
-        bool, typer.Option("--rank", help="Also the rank of each update; hours for a large model.")
-    ] = False,
-    tensors: Annotated[
-        bool, typer.Option("--tensors", help="One row per tensor instead of one per kind.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Report which weights a training changed.
-
-    \b
-    posttrain sparsity Qwen/Qwen2.5-0.5B-Instruct runs/mine
-    posttrain sparsity base tuned --dtype stored --tensors
-
-    The answer is the share that did not change, per kind of tensor and in all.
-
-    The checkpoints are read from their safetensors shards a block at a time, so size is no obstacle. The type
-    they are compared in decides the result and is printed; so is everything that could not be compared.
-    """
-    with reported_errors():
-        from posttrain.evaluation.changes import DTYPES
-        from posttrain.evaluation.sparsity import TOLERANCES, compare_checkpoints
-        from posttrain.evaluation.sparsity_table import print_sparsity
-        from posttrain.run.verbs import model_of
-
-        if dtype not in DTYPES:
-            request_error(f"--dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
-        report = compare_checkpoints(
-            model_of(base),
-            model_of(tuned),
-            None if other is None else model_of(other),
-            tolerances=tolerances or TOLERANCES,
-            dtype=dtype,  # type: ignore[arg-type]
-            rank=rank,
-        )
-        if as_json:
-            print_json(report.to_dict())
-        else:
-            print_sparsity(report, stdout(), tensors=tensors)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""``posttrain delta``: files that hold only the weights a training changed."""
+"""``posttrain delta`` and ``posttrain sparsity``: weights a training changed, as files and as a report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain.cli_common import AsJson, answers, print_json, reported_errors, stdout
+from posttrain.cli_common import AsJson, answers, print_json, reported_errors, request_error, stdout
 
 if TYPE_CHECKING:
     from posttrain.selection.delta_file import DeltaFile
@@ -23,6 +23,18 @@ delta_app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Before = Annotated[
+    str,
+    typer.Argument(
+        metavar="BASE", help="The model before: folder, run directory or Hub id.", show_default=False
+    ),
+]
+After = Annotated[
+    str,
+    typer.Argument(
+        metavar="TUNED", help="The model after training; full weights, not an adapter.", show_default=False
+    ),
+]
 Delta = Annotated[
     Path, typer.Argument(metavar="DELTA", help="Delta file, or folder with one.", show_default=False)
 ]
@@ -44,20 +56,8 @@ ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write; new or em
 
 @delta_app.command()
 def make(
-    base: Annotated[
-        str,
-        typer.Argument(
-            metavar="BASE", help="The model before: folder, run directory or Hub id.", show_default=False
-        ),
-    ],
-    tuned: Annotated[
-        str,
-        typer.Argument(
-            metavar="TUNED",
-            help="The model after training; full weights, not an adapter.",
-            show_default=False,
-        ),
-    ],
+    base: Before,
+    tuned: After,
     to: ToFile,
     old_values: OldValues = False,
     max_density: MaxDensity = 0.5,
@@ -215,3 +215,63 @@ def _number(value: Any) -> str:
     return (
         f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
     )
+
+
+def sparsity(
+    base: Before,
+    tuned: After,
+    other: Annotated[
+        str | None,
+        typer.Option("--other", help="A second run from the same base: how far the changed sets overlap."),
+    ] = None,
+    tolerances: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--tolerance", min=0, help="Largest difference that counts as none; 0 and 1e-5 when unset."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="Type both sides are rounded to: bfloat16, float16, float32, or stored."
+        ),
+    ] = "bfloat16",
+    rank: Annotated[
+        bool, typer.Option("--rank", help="Also the rank of each update; hours for a large model.")
+    ] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="One row per tensor instead of one per kind.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Report which weights a training changed.
+
+    \b
+    posttrain sparsity Qwen/Qwen2.5-0.5B-Instruct runs/mine
+    posttrain sparsity base tuned --dtype stored --tensors
+
+    The answer is the share that did not change, per kind of tensor and in all.
+
+    The checkpoints are read from their safetensors shards a block at a time, so size is no obstacle. The type
+    they are compared in decides the result and is printed; so is everything that could not be compared.
+    """
+    with reported_errors():
+        from posttrain.evaluation.changes import DTYPES
+        from posttrain.evaluation.sparsity import TOLERANCES, compare_checkpoints
+        from posttrain.evaluation.sparsity_table import print_sparsity
+        from posttrain.run.verbs import model_of
+
+        if dtype not in DTYPES:
+            request_error(f"--dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
+        report = compare_checkpoints(
+            model_of(base),
+            model_of(tuned),
+            None if other is None else model_of(other),
+            tolerances=tolerances or TOLERANCES,
+            dtype=dtype,  # type: ignore[arg-type]
+            rank=rank,
+        )
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            print_sparsity(report, stdout(), tensors=tensors)

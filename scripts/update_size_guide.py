@@ -21,7 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from posttrain.config.schema import RunConfig
 from posttrain.config.tasks import TASKS
 from posttrain.config.trainer_check import check_trainer
-from posttrain.deep.memory import GIB, forecast
+from posttrain.deep.memory import GIB, forecast, what_trains
 from posttrain.deep.subject import Subject
 from posttrain.deep.trace import Shape, Traced, trace_step
 
@@ -154,18 +154,14 @@ def subject_of(model: Any, task: str, gpus: int, dtype: str, rows: int, *, adapt
 
 
 def _trace(subject: Subject, rows: int) -> Traced:
-    from posttrain.deep.memory import _trained
-
-    prepare = _trained(subject).prepare
-    shape = Shape(rows, TOKENS)
     return trace_step(
         subject.model,
-        shape,
-        "sft",
+        Shape(rows, TOKENS),
+        "sft",  # the heads of the tasks differ on CPUs only
         device="cuda",
         checkpointing=True,
         autocast=torch.bfloat16,
-        prepare=prepare,
+        prepare=what_trains(subject).prepare,
     )
 
 

@@ -118,7 +118,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class _Trained:
+class Trained:
     """What trains, and what that takes."""
 
     prepare: Callable[[Any], Any] | None
@@ -141,7 +141,7 @@ def forecast(subject: Subject, longest: int, device: Device, traced: Traced | No
     """
     values, task = subject.trainer, subject.config.task
     shape = _shape(subject, longest)
-    trained = _trained(subject)
+    trained = what_trains(subject)
     autocast = _autocast(subject, device)
     checkpointing = bool(values["gradient_checkpointing"])
     options: dict[str, Any] = {
@@ -238,7 +238,12 @@ def _autocast(subject: Subject, device: Device) -> torch.dtype | None:
     return torch.bfloat16 if wanted else None
 
 
-def _trained(subject: Subject) -> _Trained:
+def what_trains(subject: Subject) -> Trained:
+    """Return what trains in a run, and what that takes.
+
+    Raises:
+        posttrain.selection.plan.PlanError: What it selects is known only when it runs.
+    """
     adapter, section = subject.config.model.adapter, subject.config.selection
     if adapter is not None:
         from peft import get_peft_model
@@ -248,10 +253,10 @@ def _trained(subject: Subject) -> _Trained:
         def add(model: Any) -> Any:
             return get_peft_model(model, build_peft_config(settings, model))
 
-        return _Trained(add)
+        return Trained(add)
     select = build_selection(section)
     if select is None:
-        return _Trained(None)
+        return Trained(None)
     model, what = _zeros(subject.model), select.what
     if isinstance(what, SelectionPlan):
         plan = what
@@ -274,7 +279,7 @@ def _trained(subject: Subject) -> _Trained:
     return _scalars(names, ranked_names, plan.count - sum(plan.tensors[n].numel for n in names), False)
 
 
-def _scalars(whole: set[str], partial: set[str], count: int, dense: bool) -> _Trained:
+def _scalars(whole: set[str], partial: set[str], count: int, dense: bool) -> Trained:
     """Return what trains where some tensors do as a whole and some in part."""
 
     def freeze(model: Any) -> Any:
@@ -285,7 +290,7 @@ def _scalars(whole: set[str], partial: set[str], count: int, dense: bool) -> _Tr
         return model
 
     # a packed tensor is read as one that trains; of its gradient the selected scalars are kept
-    return _Trained(freeze, count, dense, frozenset() if dense else frozenset(partial))
+    return Trained(freeze, count, dense, frozenset() if dense else frozenset(partial))
 
 
 def _zeros(skeleton: Any) -> Any:
@@ -303,7 +308,7 @@ def _zeros(skeleton: Any) -> Any:
 # ---- terms ---------------------------------------------------------------------------------------------
 
 
-def _standing(subject: Subject, traced: Traced, trained: _Trained) -> dict[str, int]:
+def _standing(subject: Subject, traced: Traced, trained: Trained) -> dict[str, int]:
     """Return what is there at every moment."""
     terms = {"weights": traced.weights, "optimiser": _state(subject, traced, trained)}
     if _has_reference(subject):
@@ -344,7 +349,7 @@ def _divergence(subject: Subject) -> dict[str, bool]:
     }
 
 
-def _state(subject: Subject, traced: Traced, trained: _Trained) -> int:
+def _state(subject: Subject, traced: Traced, trained: Trained) -> int:
     name = str(subject.trainer["optim"] or "adamw_torch_fused")
     per_scalar = STATE_BYTES.get(name)
     if trained.packed:

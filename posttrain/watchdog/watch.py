@@ -90,6 +90,7 @@ class Watchdog:
                 return
             # beforehand and elsewhere: what stands still can open nothing, and the run directory may move
             self._stacks = Path(self._me["frozen"]).open("w")  # noqa: SIM115
+            self._arm()  # a process may stand still within its first second
             phases.mirror(Path(self._me["mirror"]))
             self._exchanging = threading.Thread(target=self._exchange, name="posttrain-beat", daemon=True)
             self._exchanging.start()
@@ -189,8 +190,7 @@ class Watchdog:
             self._clock += min(now - last, 4 * TICK_SECONDS)
             last = now
             if self._stacks is not None and self._clock - self._armed > 1:
-                self._armed = self._clock
-                faulthandler.dump_traceback_later(max(1.0, 0.5 * self.limits.silence), file=self._stacks)
+                self._arm()
             if self.world == 1 or self._store is None:
                 self._name_slow()
                 continue
@@ -210,6 +210,11 @@ class Watchdog:
                 self._hurry.set()
                 self._end(verdict)
                 return
+
+    def _arm(self) -> None:
+        """Have the stacks written when this process stands still from now on."""
+        self._armed = self._clock
+        faulthandler.dump_traceback_later(max(1.0, 0.5 * self.limits.silence), file=self._stacks)
 
     def _judge(self) -> Verdict | None:
         gone = {

@@ -73,11 +73,7 @@ class Job:
 
 def reason(folder: Path) -> dict[str, Any]:
     """Return what the survivor wrote down about the stop."""
-    (path,) = (
-        folder.glob("stopped_rank*.json")
-        if len(list(folder.glob("stopped_*"))) == 1
-        else (sorted(folder.glob("stopped_rank*.json"))[:1])
-    )
+    path = min(folder.glob("stopped_rank*.json"))
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
