@@ -1,8 +1,14 @@
-"""JSON and YAML files that an earlier command or a library wrote, read back: damaged ones are named."""
+"""Files that appear whole or not at all, and JSON and YAML ones read back: damaged ones are named."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +17,40 @@ import yaml
 
 class StoredFileError(ValueError):
     """A file that was written by a program cannot be read back; the message names it and says what to do."""
+
+
+@contextmanager
+def finished_file(path: Path) -> Iterator[Path]:
+    """Yield a name to write to; what is there becomes ``path`` at the end, or nothing does.
+
+    A link stays, the file behind it is replaced. A device or a pipe (``/dev/stdout``) gets the
+    finished content.
+
+    Raises:
+        OSError: A folder cannot be made, or ``path`` is one.
+    """
+    path = path.expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        # a file renamed over it, which libraries do as well, would take it from every program of the machine
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder, path.name)
+            yield whole
+            with whole.open("rb") as source, path.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+        return
+    path = Path(os.path.realpath(path))
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def stored_json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from posttrain.report import curves, evaluation, several
 from posttrain.report.charts import number, series
 from posttrain.report.findings import findings
 from posttrain.report.load import Run, as_dict, read_run
+from posttrain.run.directory import write_text
 
 if TYPE_CHECKING:
     from posttrain.doctor.finding import Finding
@@ -50,11 +51,7 @@ def write_report(run_dirs: Path | Sequence[Path], out: Path | None = None) -> Pa
     if out is None:
         out = paths[0] / "report.html" if len(paths) == 1 else paths[0].resolve().parent / "report.html"
     page = render(runs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    # lone surrogates can come out of JSON escapes; they have no UTF-8 form
-    partial.write_bytes(page.encode("utf-8", errors="backslashreplace"))
-    partial.replace(out)
+    write_text(out, page)
     return out
 
 

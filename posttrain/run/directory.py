@@ -36,6 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.stored import finished_file
+
 logger = logging.getLogger(__name__)
 
 
@@ -260,11 +262,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    # lone surrogates come out of JSON escapes in model output; they have no UTF-8 form
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    partial.replace(path)
+    with finished_file(path) as partial:
+        # lone surrogates come out of JSON escapes in model output; they have no UTF-8 form
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def append_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -45,7 +45,6 @@ from posttrain.run.directory import (
     keep_json_lines,
     read_json_lines,
     write_json,
-    write_text,
 )
 from posttrain.run.ranks import Ranks
 from posttrain.sft.s3ft import (
@@ -61,7 +60,7 @@ from posttrain.sft.s3ft import (
     statistics,
     targets,
 )
-from posttrain.stored import stored_json
+from posttrain.stored import finished_file, stored_json
 
 _ENOUGH = 20  # judgements after which a broken judge stops the job before its end
 
@@ -347,11 +346,10 @@ class Rewriting:
     def _write(self, found: Sequence[Target], identity: dict[str, Any]) -> None:
         """Write counts, then rows: that the rows are there says that all is done."""
         write_json(self.summary, {**self.statistics, "identity": identity})
-        partial = self.to.with_name(self.to.name + ".partial")
-        write_text(partial, "")
         new = (put_answer(row, target) for row, target in zip(self._rows, found, strict=True))
-        append_json_lines(partial, new)
-        partial.replace(self.to)
+        with finished_file(self.to) as partial:
+            partial.touch()  # also without rows
+            append_json_lines(partial, new)
         self.progress.unlink(missing_ok=True)
 
 

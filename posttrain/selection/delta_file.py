@@ -33,8 +33,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +45,7 @@ from safetensors.torch import save_file
 
 from posttrain.models.load import DELTA_FILE
 from posttrain.selection.plan import index_dtype
+from posttrain.stored import finished_file
 
 FORMAT = "posttrain-delta"
 VERSION = 1
@@ -283,20 +283,6 @@ class DeltaWriter:
         with finished_file(Path(path)) as partial:
             save_tensors(self._stored, partial, metadata)
         return header
-
-
-@contextmanager
-def finished_file(path: Path) -> Iterator[Path]:
-    """Yield a name to write to; what is there becomes ``path`` at the end, or nothing does."""
-    path = path.expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:

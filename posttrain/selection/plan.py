@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain._lazy import torch
+from posttrain.stored import finished_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -437,11 +438,12 @@ class SelectionPlan:
         return plan
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as one safetensors file."""
+        """Write the plan as one safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
         tensors, metadata = self.to_state()
-        save_file(tensors, str(path), metadata)
+        with finished_file(Path(path)) as partial:
+            save_file(tensors, partial, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> SelectionPlan:

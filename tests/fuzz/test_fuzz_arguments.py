@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+from pathlib import Path
 
 import pytest
 import yaml
@@ -80,10 +81,11 @@ def test_any_verb(tmp_path, verb, first, to, rng):
     takes = {"report": "--out", "eval": "--out", "compare": "--out", "continual": "--out", "warm": "--out"}
     options = [] if to is None or to == "." else [takes.get(verb, "--to"), to]
     overrides = [hostile_override(rng)] if first == ["config.yaml"] else []
-    before = fingerprint(tmp_path)
+    before, device = fingerprint(tmp_path), Path("/dev/null").is_char_device()
     invoke(*verb.split(), *options, *first, *overrides)
     after = fingerprint(tmp_path)
     assert {path: after.get(path) for path in before} == before
+    assert Path("/dev/null").is_char_device() == device
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "~nobody_of_that_name/a", "file/x", "loop"])
