@@ -8,12 +8,14 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
+import regex
 from datasets import Dataset
 
 from posttrain.config.schema import DataConfig
 from posttrain.data.contracts import is_conversational
 from posttrain.data.errors import DataError
 from posttrain.data.files import Table
+from posttrain.data.patterns import search
 
 Message = dict[str, Any]
 
@@ -55,7 +57,8 @@ def apply_pattern(table: Table, pattern: str) -> Table:
         pattern: A regular expression, searched anywhere in the prompt; a dot matches line ends too.
 
     Raises:
-        DataError: Not a regular expression with one group, no text prompts, or a row that does not match.
+        DataError: Not a regular expression with one group, no text prompts, a row that does not match, or one
+            in which the search does not end.
     """
     try:
         expression = re.compile(pattern, re.DOTALL)
@@ -71,7 +74,10 @@ def apply_pattern(table: Table, pattern: str) -> Table:
     for index, prompt in enumerate(table.dataset["prompt"]):
         if not isinstance(prompt, str):
             raise DataError(f"{table.place}: data.prompt_pattern is for text prompts, found messages")
-        match = expression.search(prompt)
+        try:
+            match = search("data.prompt_pattern", pattern, prompt, flags=regex.DOTALL)
+        except DataError as error:
+            raise DataError(f"{table.place}, {table.where(index)}: {error}") from None
         if match is None or match.group(1) is None:
             raise DataError(
                 f"{table.place}, {table.where(index)}: data.prompt_pattern {pattern!r} does not "

@@ -73,6 +73,7 @@ from typing import Any, Literal, get_args
 
 from posttrain.config.schema import S3FTConfig
 from posttrain.data.errors import DataError
+from posttrain.data.patterns import search
 from posttrain.rewards.verdict import Verdict
 
 Source = Literal["model", "paraphrase", "gold"]
@@ -210,7 +211,7 @@ def _judged(
     leaks: bool,
 ) -> list[list[tuple[Outcome, float]]]:
     """Return outcome and score of every candidate; what cannot be right is not shown to the judge."""
-    leak = re.compile(settings.leak_pattern) if leaks and settings.leak_pattern else None
+    leak = settings.leak_pattern if leaks else None
     results: list[list[tuple[Outcome, float]]] = []
     asked: list[tuple[int, int]] = []
     for group in groups:
@@ -221,7 +222,7 @@ def _judged(
                 outcome = "empty"
             elif not candidate.finished:
                 outcome = "cut"
-            elif leak is not None and leak.search(candidate.text):
+            elif leak and search("s3ft.leak_pattern", leak, candidate.text):
                 outcome = "leaked"
             else:
                 asked.append((len(results) - 1, number))
