@@ -12,11 +12,13 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 Row = dict[str, Any]
 MAX_ROUNDS = 50
+LEAST_ROUND = 1000
+"""Problems of which not one is new before a task counts as exhausted."""
 
 
 def generate(request: dict[str, Any]) -> tuple[list[Row], list[Row], int]:
@@ -35,7 +37,7 @@ def generate(request: dict[str, Any]) -> tuple[list[Row], list[Row], int]:
         ValueError: No such task, or parameters it refuses.
     """
     make = _maker(request["task"], request["params"])
-    train = make(request["train"]["seed"], request["train"]["size"])
+    train = list(make(request["train"]["seed"], request["train"]["size"]))
     if request["eval"] is None:
         return train, [], 0
     seed, size = request["eval"]["seed"], request["eval"]["size"]
@@ -44,22 +46,24 @@ def generate(request: dict[str, Any]) -> tuple[list[Row], list[Row], int]:
 
 
 def distinct_problems(
-    make: Callable[[int, int], list[Row]], seed: int, size: int, known: set[str]
+    make: Callable[[int, int], Iterable[Row]], seed: int, size: int, known: set[str]
 ) -> tuple[list[Row], int]:
     """Return ``size`` rows with questions that are new and differ, and how many rows were not used.
 
     Args:
         make: (seed, size) to rows.
-        seed: First seed; further rounds take ``seed + size``, ``seed + 2 size`` ...
+        seed: First seed; each further round takes the seeds that follow.
         size: Rows wanted.
         known: Questions that may not occur.
     """
     known = set(known)
     rows: list[Row] = []
-    repeated = 0
+    repeated = drawn = 0
     for round_number in range(MAX_ROUNDS):
         before = len(rows)
-        for row in make(seed + round_number * size, size):
+        # a few problems that are all known say nothing of the task
+        count = size if round_number == 0 else max(size, LEAST_ROUND)
+        for row in make(seed + drawn, count):
             if row["question"] in known:
                 repeated += 1
                 continue
@@ -67,12 +71,13 @@ def distinct_problems(
             rows.append(row)
             if len(rows) == size:
                 return rows, repeated
-        if len(rows) == before:
+        drawn += count
+        if len(rows) == before and count >= LEAST_ROUND:
             break  # a whole round without anything new: the task is exhausted
     return rows, repeated
 
 
-def _maker(task: str, params: dict[str, Any]) -> Callable[[int, int], list[Row]]:
+def _maker(task: str, params: dict[str, Any]) -> Callable[[int, int], Iterator[Row]]:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -91,26 +96,22 @@ def _maker(task: str, params: dict[str, Any]) -> Callable[[int, int], list[Row]]
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(f"task {task!r} has no parameter {name!r}{hint}; it has: {', '.join(known)}")
 
-    def make(seed: int, size: int) -> list[Row]:
+    def make(seed: int, size: int) -> Iterator[Row]:
         try:
             source = reasoning_gym.create_dataset(task, seed=seed, size=size, **params)
         except (AssertionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"task {task!r} refuses the parameters {params}: {error or type(error).__name__}"
             ) from error
-        rows = []
         for index in range(size):
             entry = source[index]
-            rows.append(
-                {
-                    "question": entry["question"],
-                    "answer": entry["answer"],
-                    "rg_index": index,
-                    "rg_seed": seed,
-                    "rg_size": size,
-                }
-            )
-        return rows
+            yield {
+                "question": entry["question"],
+                "answer": entry["answer"],
+                "rg_index": index,
+                "rg_seed": seed,
+                "rg_size": size,
+            }
 
     return make
 

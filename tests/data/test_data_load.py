@@ -164,6 +164,23 @@ def test_distinct_problems_count_and_order():
     assert [row["question"] for row in rows] == ["0", "3", "4", "5", "6"]
 
 
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_few_held_out_questions_that_are_all_known_do_not_exhaust_a_task(size):
+    """Nine in ten problems of the quickstart's task are in its training split."""
+    known = {str(i) for i in range(900)}
+    drawn = []
+
+    def make(seed, count):
+        for i in range(seed, seed + count):
+            drawn.append(i)
+            yield {"question": str(i)}
+
+    rows, repeated = distinct_problems(make, seed=0, size=size, known=known)
+    assert [row["question"] for row in rows] == [str(900 + i) for i in range(size)]
+    assert repeated == 900
+    assert len(drawn) == 900 + size  # not one more than needed
+
+
 def test_warm_start_rows_never_show_a_held_out_question(file):
     template = {"prompt_template": "{question} ->"}
     config = DataConfig(
