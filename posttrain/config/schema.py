@@ -18,6 +18,7 @@ from posttrain.config.paths import usable_path
 from posttrain.config.problems import nearest
 from posttrain.config.sentences import RULE
 from posttrain.config.tasks import TASKS, Task
+from posttrain.patterns import UNREADABLE
 from posttrain.rollout.settings import RolloutSettings
 from posttrain.watchdog.phases import LIMITS
 
@@ -393,7 +394,7 @@ class S3FTConfig(Section):
             )
         try:
             re.compile(self.leak_pattern or "")
-        except re.error as error:
+        except UNREADABLE as error:
             raise _refuse("leak_pattern", f"this is not a regular expression: {error}") from None
         if "{gold}" not in self.paraphrase_template or "{prompt}" not in self.paraphrase_template:
             raise _refuse("paraphrase_template", "the template needs the fields {prompt} and {gold} in it")

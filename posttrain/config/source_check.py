@@ -13,6 +13,7 @@ from typing import Any
 from posttrain.config.generated_tasks import check_task, task_sources
 from posttrain.config.problems import KeyPath, Problem, near_file, nearest
 from posttrain.config.schema import DataConfig, ModelConfig, RewardConfig, SplitConfig
+from posttrain.patterns import UNREADABLE
 
 GENERATED = "reasoning_gym:"
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -157,7 +158,7 @@ def _template_problems(template: str) -> Iterator[Problem]:
 def _pattern_problems(pattern: str, path: KeyPath, groups: int | None = None) -> Iterator[Problem]:
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except UNREADABLE as error:
         yield Problem(f"this is not a regular expression: {error}", path, found=pattern)
         return
     if groups is not None and compiled.groups != groups:

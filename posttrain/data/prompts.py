@@ -8,14 +8,13 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-import regex
 from datasets import Dataset
 
 from posttrain.config.schema import DataConfig
 from posttrain.data.contracts import is_conversational
 from posttrain.data.errors import DataError
 from posttrain.data.files import Table
-from posttrain.data.patterns import search
+from posttrain.patterns import UNREADABLE, SlowPatternError, limited
 
 Message = dict[str, Any]
 
@@ -57,12 +56,12 @@ def apply_pattern(table: Table, pattern: str) -> Table:
         pattern: A regular expression, searched anywhere in the prompt; a dot matches line ends too.
 
     Raises:
-        DataError: Not a regular expression with one group, no text prompts, a row that does not match, or one
-            in which the search does not end.
+        DataError: Not a regular expression with one group, no text prompts, or a row that does not match
+            or on which the search has no end.
     """
     try:
         expression = re.compile(pattern, re.DOTALL)
-    except re.error as error:
+    except UNREADABLE as error:
         raise DataError(f"data.prompt_pattern is not a regular expression: {error}") from None
     if expression.groups != 1:
         raise DataError(
@@ -75,9 +74,9 @@ def apply_pattern(table: Table, pattern: str) -> Table:
         if not isinstance(prompt, str):
             raise DataError(f"{table.place}: data.prompt_pattern is for text prompts, found messages")
         try:
-            match = search("data.prompt_pattern", pattern, prompt, flags=regex.DOTALL)
-        except DataError as error:
-            raise DataError(f"{table.place}, {table.where(index)}: {error}") from None
+            match = limited(expression, "search", prompt)
+        except SlowPatternError as error:
+            raise DataError(f"{table.place}, {table.where(index)}: data.prompt_pattern: {error}") from None
         if match is None or match.group(1) is None:
             raise DataError(
                 f"{table.place}, {table.where(index)}: data.prompt_pattern {pattern!r} does not "

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.schema import AdapterConfig
+from posttrain.patterns import UNREADABLE, SlowPatternError, limited
 
 
 def build_peft_config(adapter: AdapterConfig, model: PreTrainedModel) -> LoraConfig:
@@ -23,8 +24,8 @@ def build_peft_config(adapter: AdapterConfig, model: PreTrainedModel) -> LoraCon
 
     Raises:
         ValueError: A name of ``target_modules`` or ``modules_to_save`` matches no module (PEFT itself only
-            complains when *none* of the names matches), or a module is in both. The message lists the names
-            that exist.
+            complains when *none* of the names matches), or a module is in both; the message lists the names
+            that exist. Or a regular expression has no end on one of them.
     """
     scores = type(model).__name__.endswith("ForSequenceClassification")
     targets = adapter.target_modules
@@ -32,7 +33,7 @@ def build_peft_config(adapter: AdapterConfig, model: PreTrainedModel) -> LoraCon
     if targets != "all-linear":
         adaptable = _names(model, (nn.Linear, Conv1D, nn.Embedding))
         if isinstance(targets, str):
-            if not any(_regex(targets).fullmatch(name) for name in adaptable):
+            if not any(_matched(targets, adaptable)):
                 hint = f" For a module name write a list: [{targets}]." if targets.isidentifier() else ""
                 raise ValueError(
                     f"adapter.target_modules: the regular expression {targets!r} matches no module; it "
@@ -71,11 +72,19 @@ def _names(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
 def _regex(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"adapter.target_modules: {pattern!r} is not a regular expression ({error}); write "
             f"'all-linear', a regular expression or a list of module names"
         ) from error
+
+
+def _matched(pattern: str, names: Sequence[str]) -> list[bool]:
+    expression = _regex(pattern)
+    try:
+        return [limited(expression, "fullmatch", name) is not None for name in names]
+    except SlowPatternError as error:
+        raise ValueError(f"adapter.target_modules: {error}") from None
 
 
 def _matches(ending: str, name: str) -> bool:
@@ -105,8 +114,6 @@ def _touches_tied_embeddings(adapter: AdapterConfig, model: PreTrainedModel) -> 
     endings = list(adapter.modules_to_save or [])
     if isinstance(adapter.target_modules, list):
         endings += adapter.target_modules
-    elif adapter.target_modules != "all-linear" and any(
-        _regex(adapter.target_modules).fullmatch(name) for name in tied
-    ):
+    elif adapter.target_modules != "all-linear" and any(_matched(adapter.target_modules, tied)):
         return True
     return any(_matches(ending, name) for ending in endings for name in tied)

@@ -6,6 +6,7 @@ import re
 from functools import lru_cache
 from typing import Any, Literal
 
+from posttrain.patterns import UNREADABLE
 from posttrain.rewards.extract import canonical
 from posttrain.rewards.verdict import Verdict, graded
 
@@ -79,5 +80,5 @@ def _think_answer(completion: str) -> Verdict:
 def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern, re.DOTALL)
-    except re.error as error:
+    except UNREADABLE as error:
         raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None

@@ -105,7 +105,7 @@ from pydantic import Field
 
 from posttrain._lazy import torch
 from posttrain.selection.plan import PlanError, SelectionPlan, TensorSelection
-from posttrain.selection.selector import Pattern, Selector, matching, module_names, norm_names
+from posttrain.selection.selector import Pattern, Selector, matching, module_names, norm_names, searched
 
 if TYPE_CHECKING:
     from torch import nn
@@ -274,9 +274,9 @@ class HFT(Selector):
         rest = key.removeprefix(f"{block[0]}.{block[1]}.")
         if any(name in norms for name in names):
             return "norm"
-        if re.search(self.attention, rest):
+        if searched(self.attention, rest, "attention"):
             return "attention"
-        return "feed_forward" if re.search(self.feed_forward, rest) else None
+        return "feed_forward" if searched(self.feed_forward, rest, "feed_forward") else None
 
     def _drawn(
         self, key: str, block: tuple[str, int], category: Category, shapes: Mapping[str, tuple[int, ...]]

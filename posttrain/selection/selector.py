@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from posttrain._lazy import torch
+from posttrain.patterns import UNREADABLE, SlowPatternError, limited
 from posttrain.selection.plan import PlanError, SelectionPlan, TensorSelection
 from posttrain.selection.top_b import budget_of
 
@@ -55,7 +56,7 @@ Schedule = Literal["static", "round", "shrink", "grow"]
 def _compiled(pattern: str) -> str:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except UNREADABLE as error:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
     return pattern
 
@@ -271,7 +272,9 @@ def matching(patterns: Iterable[str], names: Mapping[str, Iterable[str]], what: 
     """
     found: set[str] = set()
     for pattern in patterns:
-        hits = {name for name, known in names.items() if any(re.search(pattern, other) for other in known)}
+        hits = {
+            name for name, known in names.items() if any(searched(pattern, other, what) for other in known)
+        }
         if not hits:
             shown = [name for name, _ in zip(names, range(3), strict=False)]
             raise PlanError(
@@ -280,6 +283,18 @@ def matching(patterns: Iterable[str], names: Mapping[str, Iterable[str]], what: 
             )
         found |= hits
     return found
+
+
+def searched(pattern: str, name: str, what: str) -> bool:
+    """Whether ``pattern``, given as the setting ``what``, is found in ``name``.
+
+    Raises:
+        PlanError: The search has no end.
+    """
+    try:
+        return limited(re.compile(pattern), "search", name) is not None
+    except SlowPatternError as error:
+        raise PlanError(f"{what}: {error}") from None
 
 
 def module_names(model: nn.Module) -> dict[str, list[str]]:

@@ -73,7 +73,7 @@ from typing import Any, Literal, get_args
 
 from posttrain.config.schema import S3FTConfig
 from posttrain.data.errors import DataError
-from posttrain.data.patterns import search
+from posttrain.patterns import SlowPatternError, limited
 from posttrain.rewards.verdict import Verdict
 
 Source = Literal["model", "paraphrase", "gold"]
@@ -211,7 +211,7 @@ def _judged(
     leaks: bool,
 ) -> list[list[tuple[Outcome, float]]]:
     """Return outcome and score of every candidate; what cannot be right is not shown to the judge."""
-    leak = settings.leak_pattern if leaks else None
+    leak = re.compile(settings.leak_pattern) if leaks and settings.leak_pattern else None
     results: list[list[tuple[Outcome, float]]] = []
     asked: list[tuple[int, int]] = []
     for group in groups:
@@ -222,7 +222,7 @@ def _judged(
                 outcome = "empty"
             elif not candidate.finished:
                 outcome = "cut"
-            elif leak and search("s3ft.leak_pattern", leak, candidate.text):
+            elif leak is not None and _leaks(leak, candidate.text):
                 outcome = "leaked"
             else:
                 asked.append((len(results) - 1, number))
@@ -233,6 +233,13 @@ def _judged(
         for (place, number), verdict in zip(asked, verdicts, strict=True):
             results[place][number] = judge_outcome(verdict, settings.threshold)
     return results
+
+
+def _leaks(leak: re.Pattern[str], text: str) -> bool:
+    try:
+        return limited(leak, "search", text) is not None
+    except SlowPatternError as error:
+        raise DataError(f"s3ft.leak_pattern: {error}") from None
 
 
 def _some(group: Sequence[Candidate] | Outcome) -> Sequence[Candidate]:

@@ -400,6 +400,7 @@ def test_prompt_templates(problems, template, message):
 def test_regular_expressions(problems):
     assert problems("data.prompt_pattern='Q: (.*)'") == {}
     assert "not a regular expression" in problems("data.prompt_pattern='('")["data.prompt_pattern"].message
+    assert "too large" in problems("data.prompt_pattern='(a{9999999999})'")["data.prompt_pattern"].message
     assert problems("data.prompt_pattern='(a)(b)'")["data.prompt_pattern"].needed == "1 group"
     assert (
         problems("data.prompt_pattern=a")["data.prompt_pattern"].suggestion == "put the wanted part in (...)"

@@ -17,7 +17,7 @@ from posttrain.config.schema import DataConfig
 from posttrain.data.errors import DataError
 from posttrain.data.files import Table
 from posttrain.data.length import apply_length_policy, count_tokens
-from posttrain.data.prompts import apply_template, render, template_fields
+from posttrain.data.prompts import apply_pattern, apply_template, render, template_fields
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -200,3 +200,20 @@ def test_filter_keeps_whole_rows_and_says_so(plain, caplog):
     assert "3 rows remain" in caplog.text
     with pytest.raises(DataError, match="Nothing would be left"):
         apply_length_policy(Dataset.from_dict(ROWS), plain, 1, "filter")
+
+
+def test_a_pattern_without_end_is_stopped_and_its_row_named(monkeypatch):
+    monkeypatch.setattr("posttrain.patterns.LIMIT_SECONDS", 0.2)
+    rows = Dataset.from_dict({"prompt": ["aab", "a" * 60], "answer": ["x", "y"]})
+    assert apply_pattern(Table(rows.select([0]), "rows.jsonl"), "((?:a+)+)b").dataset["prompt"][:] == ["aa"]
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2: data\.prompt_pattern.* no end after .*a\+ for"):
+        apply_pattern(Table(rows, "rows.jsonl"), "((?:a+)+)b")
+
+
+@pytest.mark.parametrize(("pattern", "kept"), [(": (.*)", "1 {e<=1}\n2"), (r"(1 {e<=1})", "1 {e<=1}")])
+def test_a_pattern_keeps_its_group(pattern, kept):
+    # the second means something else to other engines than re
+    table = Table(Dataset.from_dict({"prompt": ["say: 1 {e<=1}\n2"], "answer": ["3"]}), "rows.jsonl")
+    assert apply_pattern(table, pattern).dataset["prompt"][:] == [kept]
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 1: data\.prompt_pattern .* does not match 'say: 1"):
+        apply_pattern(table, r"say: (\d{2})")

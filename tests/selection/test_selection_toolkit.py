@@ -16,7 +16,8 @@ from posttrain.selection.grow import Growth
 from posttrain.selection.hft import half_reset
 from posttrain.selection.id3 import ID3
 from posttrain.selection.magnitude import Magnitude
-from posttrain.selection.plan import SelectionPlan
+from posttrain.selection.plan import PlanError, SelectionPlan
+from posttrain.selection.selector import matching
 
 BUDGET, STEPS, DECAY = 10, 10, 0.01
 
@@ -83,3 +84,10 @@ def test_a_plan_that_cannot_be_written_is_an_error(tmp_path):
     plan = Magnitude(budget=BUDGET).select(network())
     with pytest.raises(Exception, match=r"(?i)no such file|not found"):
         plan.save(tmp_path / "nowhere" / "plan.safetensors")
+
+
+def test_a_pattern_without_end_is_stopped(monkeypatch):
+    monkeypatch.setattr("posttrain.patterns.LIMIT_SECONDS", 0.2)
+    name = "model.layers.0.self_attn.q_proj.weight_of_something_else"
+    with pytest.raises(PlanError, match=r"include: the regular expression .* no end after"):
+        matching([r"(\w+\.?)*bias"], {name: [name]}, "include")
