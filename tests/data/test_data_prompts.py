@@ -215,5 +215,7 @@ def test_a_pattern_keeps_its_group(pattern, kept):
     # the second means something else to other engines than re
     table = Table(Dataset.from_dict({"prompt": ["say: 1 {e<=1}\n2"], "answer": ["3"]}), "rows.jsonl")
     assert apply_pattern(table, pattern).dataset["prompt"][:] == [kept]
-    with pytest.raises(DataError, match=r"rows\.jsonl, row 1: data\.prompt_pattern .* does not match 'say: 1"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl, row 1: data\.prompt_pattern .* does not match 'say: 1"
+    ):
         apply_pattern(table, r"say: (\d{2})")
