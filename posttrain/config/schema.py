@@ -306,6 +306,11 @@ class SelectionConfig(Section):
     age_correction: bool = Field(
         default=True, description="Adam's bias correction by the steps a scalar has trained."
     )
+    master_weights: bool = Field(
+        default=True,
+        description="Keep an fp32 copy of bf16 weights that train whole, 8 bytes more per scalar; without it "
+        "steps too small for bf16 are lost.",
+    )
     round: int = Field(default=0, ge=0, description="Round of a sequence; hft draws anew in each.")
     examples: int = Field(
         default=1024, ge=1, description="Training rows that a selector may score weights on."

@@ -17,9 +17,9 @@ from posttrain.config.tasks import Task
 from posttrain.selection import registry
 from posttrain.selection.explicit import Explicit
 from posttrain.selection.selector import Selector
+from posttrain.selection.settings import ADAMW
 
 _PARAMS: KeyPath = ("selection", "params")
-_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 def check_selection(
@@ -121,9 +121,9 @@ def _selector_rules(
     adapter: bool,
 ) -> Iterator[Problem]:
     changing = selector.schedule in ("grow", "shrink")
-    optim = trainer.get("optim") or _ADAMW[0]
+    optim = trainer.get("optim") or ADAMW[0]
     optim = str(getattr(optim, "value", optim))
-    if (changing or selection.backend == "masked") and optim not in _ADAMW:
+    if (changing or selection.backend == "masked") and optim not in ADAMW:
         yield Problem(
             f"{selector.name} moves single scalars of dense tensors with an AdamW of its own",
             ("trainer", "optim") if "optim" in trainer else ("selection",),

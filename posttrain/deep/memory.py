@@ -41,6 +41,7 @@ from posttrain.selection.apply import DENSE_FROM
 from posttrain.selection.grow import GrowingSelector
 from posttrain.selection.plan import PlanError, SelectionPlan
 from posttrain.selection.selector import ElementSelector
+from posttrain.selection.settings import ADAMW
 
 GIB = 2**30
 
@@ -352,14 +353,23 @@ def _divergence(subject: Subject) -> dict[str, bool]:
 def _state(subject: Subject, traced: Traced, trained: Trained) -> int:
     name = str(subject.trainer["optim"] or "adamw_torch_fused")
     per_scalar = STATE_BYTES.get(name)
+    moments = 6 if _masters(subject, traced) else 2  # two moments in the type of the weights, or all in fp32
     if trained.packed:
-        whole = 0 if trained.dense else 2 * traced.gradients
+        whole = 0 if trained.dense else moments * traced.gradients
         return whole + trained.packed * (12 if trained.dense else 8)  # positions, or none
     if per_scalar is not None:
         return per_scalar * traced.trainable
     if name == "adafactor":
         return traced.gradients // 100  # rows and columns
-    return 2 * traced.gradients  # two moments in the type of the weights
+    return moments * traced.gradients
+
+
+def _masters(subject: Subject, traced: Traced) -> bool:
+    """Whether weights in half precision have moments and a copy in fp32."""
+    section = subject.config.selection
+    name = str(subject.trainer["optim"] or "adamw_torch_fused")
+    half = traced.gradients < 4 * traced.trainable
+    return section is not None and section.master_weights and half and name in ADAMW
 
 
 def _working(subject: Subject, traced: Traced, device: Device) -> int:
@@ -448,10 +458,11 @@ def _sharded(subject: Subject, step: Mapping[str, int], traced: Traced) -> dict[
     buckets = parts.pop("DDP buckets", 0)
     reference = parts.get("reference model", 0)
     layer = 2 * traced.weights // max(_layers(subject.model), 1)
-    master = 0 if reduced == 4 else 4 * traced.trainable
+    master = 0 if reduced == 4 or _masters(subject, traced) else 4 * traced.trainable
+    wider = 1 if _masters(subject, traced) else 4 // reduced
     zero2 = parts | {
         "gradients": traced.gradients // ranks,
-        "optimiser": (parts["optimiser"] * 4 // reduced + master) // ranks,
+        "optimiser": (parts["optimiser"] * wider + master) // ranks,
     }
     zero3 = zero2 | {"weights": traced.weights // ranks, "layers in use": layer}
     fsdp = parts | {

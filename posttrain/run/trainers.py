@@ -183,6 +183,7 @@ def build_selection(section: SelectionConfig | None) -> Select | None:
         backend=section.backend,
         weight_decay=section.weight_decay,
         age_correction=section.age_correction,
+        master_weights=section.master_weights,
         round=section.round,
         examples=section.examples,
     )

@@ -64,6 +64,7 @@ class SelectiveAdamW(Optimizer):
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.age_correction = age_correction
+        self._mastered, self._seen = 0, torch.zeros((), dtype=torch.int64)
         known = {id(p) for group in self.param_groups for p in group["params"]}
         for parameter, index in (selections or {}).items():
             if id(parameter) not in known:
@@ -103,6 +104,10 @@ class SelectiveAdamW(Optimizer):
         else:
             state["start"] = start
 
+    def visible(self) -> float | None:
+        """Return the share of the scalars with a master that the last step changed in the weights' type."""
+        return None if not self._mastered else int(self._seen) / self._mastered
+
     def selected(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         """Return the positions of a parameter that move, None for all of them."""
         return self.state[parameter].get("index") if parameter in self.state else None
@@ -123,6 +128,7 @@ class SelectiveAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._mastered = 0
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -157,10 +163,18 @@ class SelectiveAdamW(Optimizer):
         else:
             denominator = (second.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
             value.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**step))
+        if "master" in state:
+            self._count(parameter if index is None else parameter.view(-1)[index], value)
         if index is not None:
             parameter.view(-1)[index] = value.to(parameter.dtype)
         elif value is not parameter:
             parameter.copy_(value)
+
+    def _count(self, before: torch.Tensor, master: torch.Tensor) -> None:
+        """Add what a step changes in the weights' type; on the device, for :meth:`visible` to fetch."""
+        seen = (master.to(before.dtype) != before).sum()
+        self._seen = self._seen.to(seen.device) + seen if self._mastered else seen
+        self._mastered += before.numel()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore, with the types that were saved (torch would cast everything to the parameters' type)."""

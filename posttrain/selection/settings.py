@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "freeze", "packed", "composed", "masked"]
 Decay = Literal["off", "selected", "to_base"]
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+"""Names of the optimiser that ours can stand for."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class Select:
             that train whole decay as without a selection.
         age_correction: Bias correction by the number of steps a scalar has trained, see
             :mod:`posttrain.selection.adamw`.
+        master_weights: Whether weights in half precision that train whole keep a copy in fp32, on which AdamW
+            acts: 12 bytes of state per scalar in place of 4. Without it steps below half of their last place
+            are lost. Packed values are in fp32 in any case; DeepSpeed and FSDP keep their own copies.
         round: Round of a sequence of trainings, for selectors that draw anew in each.
         examples: Rows of the training data that a selector may score weights on.
         batches: Those examples, where the trainer is not to take them from its own data.
@@ -34,6 +39,7 @@ class Select:
     backend: Backend = "auto"
     weight_decay: Decay = "off"
     age_correction: bool = True
+    master_weights: bool = True
     round: int = 0
     examples: int = 1024
     batches: Any = None

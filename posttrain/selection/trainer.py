@@ -16,7 +16,7 @@ from posttrain.selection.apply import Selection, apply, is_packed_name
 from posttrain.selection.grow import GrowingSelector, Growth
 from posttrain.selection.packed import SUFFIX, packed_tensors, pull_to_base
 from posttrain.selection.plan import PlanError, SelectionPlan
-from posttrain.selection.settings import Backend, Decay, Select
+from posttrain.selection.settings import ADAMW, Backend, Decay, Select
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,6 @@ VALUES_FILE = "selected.safetensors"
 PLAN_FILE = "selection.safetensors"
 """In a checkpoint: the plan in force, once a selection has shrunk."""
 
-_ADAMW = ("adamw_torch", "adamw_torch_fused")
 _OTHER_SELECTION = (
     "the checkpoint was written with another selection of weights than this run has: resume with the same "
     "selection (its plan file, or the same settings and seed), or start a new run"
@@ -53,6 +52,7 @@ class SelectionMixin(ExactResume):
     selection: Selection | None = None
     _decay = "off"
     _age_correction = True
+    _master_weights = True
     _for_checkpoint = False
     _growth: Growth | None = None
     _shrinking: Any = None  # a selector whose selection is still to shrink
@@ -100,6 +100,7 @@ class SelectionMixin(ExactResume):
             backend = self._shrinking_backend(backend, deepspeed=deepspeed, sharded=sharded)
         self._refuse_difference(plan)
         self._decay, self._age_correction = weight_decay, select.age_correction
+        self._master_weights = select.master_weights
         self.selection = apply(
             model,
             plan,
@@ -128,7 +129,7 @@ class SelectionMixin(ExactResume):
         ):
             # a frozen embedding would cut the graph of re-entrant recomputation
             model.enable_input_require_grads()
-        if self.selection.backend == "masked" and self._optim not in _ADAMW:
+        if self.selection.backend == "masked" and self._optim not in ADAMW:
             raise PlanError(
                 f"backend 'masked' is an AdamW, found optim={self._optim}: set optim to adamw_torch, or "
                 "backend to packed"
@@ -210,7 +211,7 @@ class SelectionMixin(ExactResume):
                 f"{name} selects again in mid-run, when DeepSpeed and FSDP have fixed what trains: use one "
                 "process or DDP, or a selector whose selection stays"
             )
-        if self._optim not in _ADAMW:
+        if self._optim not in ADAMW:
             raise PlanError(
                 f"{name} takes the optimiser's state along when it shrinks, which is known for AdamW, found "
                 f"optim={self._optim}: set optim to adamw_torch"
@@ -250,10 +251,12 @@ class SelectionMixin(ExactResume):
         return [name for name in names if not is_packed_name(name)]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimiser; for dense gradients one that moves the selected scalars only."""
-        if self.selection is None or self.selection.backend != "masked" or self.optimizer is not None:
-            return super().create_optimizer(model)
+        """Make the optimiser: ours where single scalars of dense gradients move, or for fp32 masters."""
         target: Any = self.model if model is None else model
+        if self.selection is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        if self.selection.backend != "masked" and not self._keeps_masters(target):
+            return super().create_optimizer(model)
         decayed = set(self.get_decay_parameter_names(target))
         scalars = self.selection.positions
         groups: dict[float, list[torch.nn.Parameter]] = {}
@@ -271,6 +274,28 @@ class SelectionMixin(ExactResume):
             age_correction=self._age_correction,
         )
         return self.optimizer
+
+    def _keeps_masters(self, model: Any) -> bool:
+        """Whether weights that train whole get a copy in fp32; says so where they should and cannot."""
+        half = sum(
+            parameter.numel()
+            for parameter in model.parameters()
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
+        )
+        if not half or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return False  # those keep copies of their own
+        if self._master_weights and self._optim in ADAMW:
+            logger.info("%d scalars in half precision train on a copy in fp32", half)
+            return True
+        why = f"optim={self._optim}" if self._master_weights else "master_weights is off"
+        logger.warning(
+            "%d scalars train in half precision without a copy in fp32 (%s): of steps smaller than about "
+            "1/256 of a weight most are lost. Use %s, or weights in float32",
+            half,
+            why,
+            "optim: adamw_torch_fused" if self._master_weights else "master_weights: true",
+        )
+        return False
 
     @property
     def _selective(self) -> SelectiveAdamW | None:
@@ -347,6 +372,9 @@ class SelectionMixin(ExactResume):
         changed = None if self.selection is None else self.selection.changed()
         if changed is not None:
             logs = {**logs, "selection/changed": changed}
+        stepped = None if self._selective is None else self._selective.visible()
+        if stepped is not None:
+            logs = {**logs, "selection/changed_by_step": stepped}
         if self._growth is not None:
             logs = {**logs, "selection/released": self._growth.count}
         super().log(logs, *args, **kwargs)
