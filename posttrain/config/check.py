@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from posttrain.config.launch import launch_mode, processes
+from posttrain.config.launch import SHARDED, launch_mode, processes
 from posttrain.config.load import Document, holds, load_document
 from posttrain.config.method_check import check_methods, json_text
 from posttrain.config.problems import ConfigError, KeyPath, Problem, Report, nearest
@@ -30,6 +30,8 @@ from posttrain.rl import registry
 from posttrain.rollout.truncation import truncation_problem
 
 _ROUNDS = 100
+SWALLOWED_BELOW = 1e-4
+"""Learning rate from which bf16 shows steps: half of its last place is about 6e-5 at 0.02, a usual weight."""
 
 
 def check_config(path: str | Path, overrides: Sequence[str] = ()) -> Report:
@@ -214,6 +216,7 @@ def _check_sections(config: RunConfig) -> tuple[list[Problem], dict[str, Any]]:
                 Problem(f"task {config.task!r} takes no warm start", ("warm_start",), suggestion=fix)
             )
     problems += _run_rules(config)
+    problems += _lost_steps(config, trainer)
     return problems, filled
 
 
@@ -226,6 +229,24 @@ def _sampling(
     if found is not None:
         severity: Literal["error", "warning"] = "error" if found.fatal else "warning"
         yield Problem(found.message, ("trainer", found.field), severity, suggestion=found.fix)
+
+
+def _lost_steps(config: RunConfig, trainer: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield that weights in half precision swallow the steps of a small learning rate."""
+    rate = trainer.get("learning_rate")
+    small = not isinstance(rate, int | float) or 0 < rate < SWALLOWED_BELOW
+    all_train = config.model.adapter is None and config.selection is None
+    half = config.model.dtype in ("bfloat16", "float16")
+    if half and all_train and small and launch_mode(trainer) not in SHARDED:
+        yield Problem(
+            f"all weights train in {config.model.dtype}, and nothing keeps them in fp32: of AdamW's steps, "
+            "as large as the learning rate, most are smaller than half of a weight's last place, and lost",
+            ("model", "dtype"),
+            "warning",
+            found=config.model.dtype,
+            suggestion="launch with configs/accelerate/zero2.yaml, or set float32 (trainer.bf16 still "
+            "computes in bfloat16), or train an adapter",
+        )
 
 
 def _fsdp_on_cpu(trainer: Mapping[str, Any]) -> Iterator[Problem]:

@@ -397,6 +397,23 @@ def test_prompt_templates(problems, template, message):
     assert message in found["data.prompt_template"].message
 
 
+def test_weights_in_half_precision_that_swallow_their_steps(problems, monkeypatch):
+    def warned(*overrides):
+        return "model.dtype" in problems("model.path=a/b", *overrides)
+
+    half = "model.dtype=bfloat16"
+    assert warned(half)  # GRPO's own learning rate is 1e-6
+    assert warned(half, "trainer.learning_rate=5e-5")
+    assert not warned(half, "trainer.learning_rate=1e-3")
+    assert not warned("model.dtype=float32")
+    assert not warned(half, "model.adapter={type: lora, r: 4}")
+    assert not warned(half, "selection={hft: {}}")  # keeps a copy in fp32 itself
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert warned(half)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert not warned(half)
+
+
 def test_regular_expressions(problems):
     assert problems("data.prompt_pattern='Q: (.*)'") == {}
     assert "not a regular expression" in problems("data.prompt_pattern='('")["data.prompt_pattern"].message

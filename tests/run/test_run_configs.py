@@ -12,6 +12,7 @@ from run_jobs import json_lines, posttrain
 from transformers import AutoModelForCausalLM
 
 from posttrain.config.check import check_config
+from posttrain.config.launch import as_launched
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
@@ -29,6 +30,22 @@ def test_a_shipped_configuration_can_run(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     errors = [problem for problem in check_config(path).problems if problem.severity == "error"]
     assert [problem for problem in errors if not absent_here(problem)] == []
+
+
+def launches(path):
+    """The launch files that the head of a configuration names."""
+    head = re.split("^[a-z]", path.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
+    return [ROOT / name for name in re.findall(r"--config_file (\S+)", head)]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_shipped_configuration_loses_no_steps_as_it_is_launched(path, monkeypatch):
+    """Weights in bf16 need the launch that keeps them in fp32: the file's head names it, and it fits."""
+    monkeypatch.chdir(ROOT)
+    for launch in launches(path) or [None]:
+        with as_launched(launch):
+            found = [problem for problem in check_config(path).problems if not absent_here(problem)]
+        assert [p for p in found if p.severity == "error" or p.key == "model.dtype"] == [], launch
 
 
 def absent_here(problem):
