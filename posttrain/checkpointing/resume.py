@@ -37,6 +37,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import TrainingArguments
 
 from posttrain.checkpointing.folders import newest_checkpoint
+from posttrain.checkpointing.whole import damage, list_files, refusal
 from posttrain.fully_sharded import FullySharded
 from posttrain.sharding import gathered, is_split, rows_here
 from posttrain.watchdog.phases import phase
@@ -189,9 +190,11 @@ class ExactResume(WatchedTrainer, FullySharded):
             if not self.args.save_only_model:
                 torch.save(self.extra_state(), staged / _state_file(self.args.process_index))
                 self._save_reference(staged)
+            self.accelerator.wait_for_everyone()  # every rank's files are listed
             if self.args.should_save:
                 self._correct_best_checkpoint(run_dir, best)
                 self.state.save_to_json(str(staged / "trainer_state.json"))
+                list_files(staged)
                 _flush_to_disk(staged)
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch reports a full disk as a RuntimeError of its zip writer; any other is not about writing
@@ -288,7 +291,36 @@ class ExactResume(WatchedTrainer, FullySharded):
 
     # ---- resuming ---------------------------------------------------------------------------------------
 
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train as the trainer does, from a checkpoint only if it is as it was written.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir)) or True
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            folder = Path(resume_from_checkpoint)
+            resume_from_checkpoint = str(folder)
+            if folder.is_dir() and (found := damage(folder)):
+                raise CheckpointError(refusal(folder, found))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint):
+            self._load_all_state(checkpoint)
+
+    def _load_all_state(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
@@ -314,9 +346,10 @@ class ExactResume(WatchedTrainer, FullySharded):
         trial: Any,
     ) -> tuple[int, int]:
         """Return (epoch, micro-steps in it) to go on from."""
-        position: tuple[int, int] = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
+        with _loading(resume_from_checkpoint):
+            position: tuple[int, int] = super()._init_training_state(
+                max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+            )
         stream = num_train_epochs == sys.maxsize
         if resume_from_checkpoint is None or not stream or self.args.ignore_data_skip:
             return position
@@ -342,6 +375,18 @@ class ExactResume(WatchedTrainer, FullySharded):
                 self._load_rng_state(checkpoint)
         self._epoch_start = torch.get_rng_state()
         super()._run_epoch(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _loading(checkpoint: str | None) -> Iterator[None]:
+    """Name the file where loading fails because its bytes have changed; other errors stay what they are."""
+    try:
+        yield
+    except Exception as error:
+        found = None if checkpoint is None else damage(Path(checkpoint), deep=True)
+        if found is None:
+            raise
+        raise CheckpointError(refusal(Path(str(checkpoint)), found)) from error
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:

@@ -44,7 +44,9 @@ class RunRecorder(TrainerCallback):
         keep_json_lines(
             self.run.completions, lambda row: row["step"] < step or (logged and row["step"] == step)
         )
-        self._started = time.monotonic() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
+        self._started = time.monotonic() - max(
+            (row["seconds"] for row in rows if isinstance(row.get("seconds"), (int, float))), default=0.0
+        )
 
     def on_log(
         self,

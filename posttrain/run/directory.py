@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import math
@@ -329,10 +330,30 @@ def json_object(line: bytes) -> dict[str, Any] | None:
 
 
 def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Drop the lines that a resumed run will write again, and a broken one; return those kept."""
-    kept = [row for row in read_json_lines(path) if keep(row)]
-    if path.exists():
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    """Drop the lines that a resumed run will write again, and a broken one; return those kept.
+
+    A file with other broken lines than the last, which a killed process leaves, is also kept as it was.
+    """
+    if not path.exists():
+        return []
+    kept, damaged = [], False
+    *whole, last = path.read_bytes().split(b"\n")
+    for line in (*whole, last):
+        row = json_object(line)
+        try:
+            if row is not None and keep(row):
+                kept.append(row)
+        except (KeyError, TypeError):
+            row = None  # no line of ours
+        damaged |= row is None and line is not last and bool(line.strip())
+    if damaged:
+        names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+        copy = next(name for name in names if not name.exists())
+        shutil.copyfile(path, copy)
+        logger.warning(
+            "%s has damaged lines, which are left out; as it was, it is kept as %s", path, copy.name
+        )
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     return kept
 
 

@@ -8,8 +8,12 @@ from typing import Any
 
 import yaml
 
+from posttrain.checkpointing.folders import newest_checkpoint
+from posttrain.checkpointing.whole import damage, refusal
 from posttrain.config.schema import RunConfig
+from posttrain.evaluation.results import Evaluation
 from posttrain.run.directory import RunDirectory, RunError
+from posttrain.stored import StoredFileError, stored_json
 
 # A failing verifier is repaired by these, and then the run goes on.
 _REWARD_MAY_CHANGE = ("deadline", "workers", "max_failures")
@@ -61,6 +65,41 @@ def check_continuation(run: RunDirectory, config: RunConfig, fingerprint: str) -
             "since it was started. Put the old data back, or start a new run with run_dir=..."
         )
     return _changes(then | {"run_dir": None}, now | {"run_dir": None})
+
+
+def check_files(run: RunDirectory) -> None:
+    """Look at the files that a resume reads and goes on with: none is taken for missing because of damage.
+
+    Raises:
+        RunError: One is damaged; the message names it and says how to go on.
+    """
+    for path, consequence in (
+        (run.manifest, "the rows are then not compared with those at its start"),
+        (run.evaluation, "the resume then evaluates again"),
+    ):
+        if not path.exists():
+            continue
+        try:
+            content = stored_json(path)
+            if path == run.manifest:
+                known = [content["time"], content["command"], *content.get("resumed", [])]
+                whole = isinstance(content["data"]["fingerprint"], str) and len(known) >= 2
+            else:
+                parts = [content[when] for when in ("before", "after") if content.get(when) is not None]
+                whole = all(Evaluation.from_dict(part) for part in parts) and isinstance(
+                    content.get("steps", {}), dict
+                )
+        except (StoredFileError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise RunError(f"{path} is damaged. Restore it from a copy, or move it away: {consequence}")
+    for path in (run.metrics, run.completions, run.alarms):
+        if path.is_dir():
+            raise RunError(f"{path} is a folder, and the run writes a file of that name: move it away")
+    for stage in (run,) if run.warm_start.model.exists() else (run, run.warm_start):
+        newest = newest_checkpoint(stage.checkpoints)
+        if newest is not None and (found := damage(newest)):
+            raise RunError(refusal(newest, found))
 
 
 def _identity(config: dict[str, Any], run: RunDirectory) -> dict[str, Any]:

@@ -52,7 +52,7 @@ from posttrain.run.manifest import build_manifest
 from posttrain.run.publish import publish
 from posttrain.run.ranks import Ranks
 from posttrain.run.result import RunResult
-from posttrain.run.resuming import check_continuation
+from posttrain.run.resuming import check_continuation, check_files
 from posttrain.run.rewriting import Rewriting
 from posttrain.run.starting import slow_here, start_model
 from posttrain.run.status import record_end, write_status
@@ -164,6 +164,7 @@ class _Run:
         rewards: Sequence[Reward] = ()
         try:
             # what can be refused is refused before anything is written or computed
+            self.on_main(self._check_files)
             self.on_main(self._check_push)
             if (warning := slow_here(config)) is not None:  # before a large model is downloaded
                 self.say(warning)
@@ -226,6 +227,10 @@ class _Run:
         )
 
     # ---- before anything is written ---------------------------------------------------------------------
+
+    def _check_files(self) -> None:
+        if self.resume:
+            check_files(self.run)
 
     def _check_push(self) -> None:
         settings = self.config.export

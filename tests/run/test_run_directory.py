@@ -148,3 +148,14 @@ def test_written_json_is_strict_and_whole(tmp_path):
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text) == {"x": None, "y": [1.0, None], "z": str(tmp_path)}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_damaged_lines_are_kept_beside_what_goes_on(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    for text, name in (('{"step": 1}\n{"st', None), ('{"step": 1}\n{}\n', ""), ('[]\n{"step": 1}\n', "1")):
+        path.write_text(text)
+        assert keep_json_lines(path, lambda row: row["step"] == 1) == [{"step": 1}]
+        assert path.read_text() == '{"step": 1}\n'
+        copies = sorted(tmp_path.glob("*.damaged*"))
+        assert len(copies) == {None: 0, "": 1, "1": 2}[name]
+        assert name is None or (tmp_path / f"completions.jsonl.damaged{name}").read_text() == text

@@ -8,7 +8,7 @@ from run_jobs import TINY, merged
 from posttrain.config.load import resolved_yaml
 from posttrain.config.schema import RunConfig
 from posttrain.run.directory import RunDirectory, RunError, write_json, write_text
-from posttrain.run.resuming import check_continuation
+from posttrain.run.resuming import check_continuation, check_files
 
 
 @pytest.fixture
@@ -90,3 +90,27 @@ def test_notes_are_short(run):
     note = check_continuation(run, config({"trainer": {"run_name": "x" * 500}}), "abc")[0]
     assert len(note) < 150
     assert json.dumps("x" * 10)[:-1] in note
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "evaluation.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"before": {"k": 1}}', b'{"steps": 3}', None])
+def test_a_damaged_record_is_not_taken_for_a_missing_one(run, name, content):
+    write_json(run.manifest, {"data": {"fingerprint": "abc"}, "time": "t", "command": "c"})
+    check_files(run)
+    path = run.root / name
+    path.unlink(missing_ok=True)
+    check_files(run)
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(RunError, match=rf"{name} is damaged\. Restore it from a copy, or move it away"):
+        check_files(run)
+
+
+def test_a_damaged_checkpoint_and_a_folder_in_place_of_a_log_are_named(run):
+    run.manifest.unlink()
+    (run.checkpoints / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"checkpoint-3 is damaged.*trainer_state\.json.*starts at step 0"):
+        check_files(run)
+    (run.checkpoints / "checkpoint-3").rmdir()
+    run.metrics.mkdir()
+    with pytest.raises(RunError, match=r"metrics\.jsonl is a folder"):
+        check_files(run)
