@@ -28,10 +28,9 @@ from posttrain.config.trainer_fields import trainer_fields
 from posttrain.config.vllm_rules import has_gpu
 from posttrain.rl import registry
 from posttrain.rollout.truncation import truncation_problem
+from posttrain.selection.settings import SWALLOWED_BELOW
 
 _ROUNDS = 100
-SWALLOWED_BELOW = 1e-4
-"""Learning rate from which bf16 shows steps: half of its last place is about 6e-5 at 0.02, a usual weight."""
 
 
 def check_config(path: str | Path, overrides: Sequence[str] = ()) -> Report:

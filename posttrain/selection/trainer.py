@@ -16,7 +16,7 @@ from posttrain.selection.apply import Selection, apply, is_packed_name
 from posttrain.selection.grow import GrowingSelector, Growth
 from posttrain.selection.packed import SUFFIX, packed_tensors, pull_to_base
 from posttrain.selection.plan import PlanError, SelectionPlan
-from posttrain.selection.settings import ADAMW, Backend, Decay, Select
+from posttrain.selection.settings import ADAMW, SWALLOWED_BELOW, Backend, Decay, Select
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -253,9 +253,10 @@ class SelectionMixin(ExactResume):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimiser: ours where single scalars of dense gradients move, or for fp32 masters."""
         target: Any = self.model if model is None else model
-        if self.selection is None or self.optimizer is not None:
+        if self.optimizer is not None:
             return super().create_optimizer(model)
-        if self.selection.backend != "masked" and not self._keeps_masters(target):
+        masked = self.selection is not None and self.selection.backend == "masked"
+        if not (masked or self._keeps_masters(target)) or self.selection is None:
             return super().create_optimizer(model)
         decayed = set(self.get_decay_parameter_names(target))
         scalars = self.selection.positions
@@ -284,17 +285,23 @@ class SelectionMixin(ExactResume):
         )
         if not half or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return False  # those keep copies of their own
-        if self._master_weights and self._optim in ADAMW:
+        if self.selection is not None and self._master_weights and self._optim in ADAMW:
             logger.info("%d scalars in half precision train on a copy in fp32", half)
             return True
-        why = f"optim={self._optim}" if self._master_weights else "master_weights is off"
-        logger.warning(
-            "%d scalars train in half precision without a copy in fp32 (%s): of steps smaller than about "
-            "1/256 of a weight most are lost. Use %s, or weights in float32",
-            half,
-            why,
-            "optim: adamw_torch_fused" if self._master_weights else "master_weights: true",
-        )
+        why, cure = f"optim={self._optim}", "optim: adamw_torch_fused"
+        if self.selection is None:
+            why, cure = "as in TRL", "ZeRO-2"
+        elif not self._master_weights:
+            why, cure = "master_weights is off", "master_weights: true"
+        if self.args.learning_rate < SWALLOWED_BELOW:
+            logger.warning(
+                "%d scalars train in half precision without a copy in fp32 (%s): most steps of learning rate "
+                "%g are smaller than half of a weight's last place, and lost. Use %s, or weights in float32",
+                half,
+                why,
+                self.args.learning_rate,
+                cure,
+            )
         return False
 
     @property

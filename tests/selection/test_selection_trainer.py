@@ -262,6 +262,14 @@ def test_whole_tensors_in_half_precision_train_on_a_copy_in_fp32(tmp_path, keep,
         assert "train in half precision without a copy in fp32 (master_weights is off)" in caplog.text
 
 
+@pytest.mark.parametrize(("rate", "told"), [(1e-5, True), (1e-3, False)])
+def test_without_a_selection_lost_steps_are_told(tmp_path, rate, told, caplog):
+    trainer = sft(tmp_path, dtype=torch.bfloat16, learning_rate=rate, max_steps=1)
+    trainer.train()
+    assert ("without a copy in fp32 (as in TRL)" in caplog.text) == told
+    assert not isinstance(trainer.optimizer.optimizer, SelectiveAdamW)
+
+
 def test_resume_with_copies_in_fp32_is_exact(tmp_path):
     model = support.model(tied=True, dtype=torch.bfloat16)
     plan = plan_for(model, whole=["model.layers.0.mlp.up_proj.weight"])
