@@ -97,7 +97,7 @@ def _rows(facts: dict[str, Any], console: Console) -> None:
         ("tokens", "whole sequence"),
     ):
         found = facts.get(name)
-        if not found:
+        if not found or "longest" not in found:  # no sequence is left: a finding says why
             continue
         parts = found.get("percentiles", {p: found.get(f"p{p}") for p in (50, 90, 99)})
         title = found.get("column", title)

@@ -77,7 +77,11 @@ def sft_trainer(
     selection: Select | None = None,
     title: str = "sft",
 ) -> SFTTrainer:
-    """Build the supervised trainer of a run or its warm start; ``watchers`` come before what reads logs."""
+    """Build the supervised trainer of a run or its warm start; ``watchers`` come before what reads logs.
+
+    Raises:
+        RunError: No row has a token to learn.
+    """
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -89,6 +93,16 @@ def sft_trainer(
         methods=sft_registry.build(methods or {}),
         selection=selection,
     )
+    prepared: Any = trainer.train_dataset
+    # TRL leaves out rows cut before their answer and stops in a sampler of none; packed ones it keeps
+    if "labels" in prepared.column_names and not any(
+        label != -100 for labels in prepared["labels"] for label in labels
+    ):
+        raise RunError(
+            f"{title}: none of {len(train)} rows has a token to learn, because trainer.max_length = "
+            f"{args.max_length} cuts them before the answer, or answers are empty. Raise it, or set it to "
+            "null; posttrain check --deep shows how long the rows are"
+        )
     return _watched(trainer, run, title)
 
 

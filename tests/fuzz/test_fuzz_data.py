@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fuzz_data import hostile_data_file
-from fuzz_judge import fingerprint, limited
+from fuzz_judge import fingerprint, invoke, limited
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,3 +95,17 @@ def test_a_packed_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
     assert "not UTF-8" in refused(path)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_that_are_all_cut_before_their_answer(tmp_path, packing):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "0 + 1 =", "completion": " 1"}\n' * 2)
+    (tmp_path / "run.yaml").write_text(
+        f"task: sft\nmodel: {{path: 'embedded:char-llama'}}\ndata: {{source: {tmp_path}/rows.jsonl}}\n"
+        f"run_dir: {tmp_path}/run\nthreads: 1\nevaluate: null\nexport: null\n"
+        f"trainer: {{max_length: 4, max_steps: 1, packing: {packing}, save_strategy: 'no'}}\n"
+    )
+    assert invoke("check", "--deep", tmp_path / "run.yaml").code == 2
+    answer = invoke("train", tmp_path / "run.yaml")
+    assert answer.code == 2
+    assert "none of 2 rows has a token to learn, because trainer.max_length = 4" in answer.output
