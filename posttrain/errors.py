@@ -8,6 +8,7 @@ _REQUEST_ERRORS = frozenset(
         "ConfigError",
         "DataError",
         "DeltaError",
+        "ExportRequestError",
         "MergeError",
         "ModelLoadError",
         "PlanError",

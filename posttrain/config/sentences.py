@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -70,6 +71,9 @@ def _problem(item: dict[str, Any], path: KeyPath, model: type[BaseModel], data: 
     if kind in {"value_error", "assertion_error"}:
         return Problem(item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, "), path)
     needed = field_needed(info) if info is not None and not isinstance(name, int) else None
+    if needed is not None and needed.startswith("a number") and _not_finite(found):
+        numbers = needed.replace("a number", "a finite number", 1)
+        return Problem(f"{name} has a value that is not finite", path, found=found, needed=numbers)
     if kind == "literal_error":
         expected = needed or f"one of {context['expected']}"
         near = (
@@ -148,6 +152,13 @@ def _with_help(info: FieldInfo | None) -> str | None:
     return field_needed(info) + (f": {info.description}" if info.description else "")
 
 
+def _not_finite(found: Any) -> bool:
+    """Whether a number, or a text that is meant as one, is nan or infinite."""
+    if isinstance(found, str):
+        return found.lower().lstrip("+-.") in {"nan", "inf", "infinity"}
+    return isinstance(found, float) and not math.isfinite(found)
+
+
 def _written_as(found: Any, kind: str) -> str | None:
     """Return the fix for a value that only has the wrong type."""
     if kind.startswith("bool") and isinstance(found, str) and found.lower() in {"yes", "no", "on", "off"}:
@@ -162,6 +173,6 @@ def _written_as(found: Any, kind: str) -> str | None:
         except ValueError:
             return None
         if kind.startswith("int"):
-            return f"write {int(number)}" if number.is_integer() else None
-        return f"write {found} without quotes"
+            return f"write {int(number)}" if math.isfinite(number) and number.is_integer() else None
+        return f"write {found} without quotes" if math.isfinite(number) else None
     return None

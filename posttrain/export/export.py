@@ -61,6 +61,10 @@ class ExportError(RuntimeError):
     """The model cannot be exported as asked; nothing was left under the target's name."""
 
 
+class ExportRequestError(ExportError):
+    """Another format, base or target has to be asked for."""
+
+
 @dataclass(frozen=True)
 class ExportResult:
     """A finished, verified export.
@@ -152,7 +156,7 @@ def export_model(
     if kind == "delta":
         base = _base_address(model, base_path)
         if base is None or (base_path is None and not isinstance(model, PeftModel)):
-            raise ExportError(
+            raise ExportRequestError(
                 "a delta needs the base the training started from: name it in base_path (--base)"
             )
     partial = target.with_name(f".{target.name}.partial")
@@ -238,21 +242,21 @@ def _resolve_format(model: _Model, format: Format) -> str:
     adapter = isinstance(model, PeftModel)
     kind = format if format != "auto" else "adapter" if adapter else "full"
     if kind == "full" and adapter:
-        raise ExportError(
+        raise ExportRequestError(
             "format 'full' does not fit a model with an adapter: use 'adapter', or 'merged' to fold it "
             "into the weights"
         )
     if kind in ("adapter", "merged") and not adapter:
-        raise ExportError(
+        raise ExportRequestError(
             f"format {kind!r} needs an adapter, but all weights were trained: use 'full' or 'auto'"
         )
     if kind in ("merged", "delta") and any(not p.is_floating_point() for p in model.parameters()):
-        raise ExportError(
+        raise ExportRequestError(
             "the base is quantised, and merging into it would round the update away: export the adapter, "
             "load the base in bfloat16 with the adapter on top, and merge that"
         )
     if adapter and len(_adapter_names(model)) != 1:
-        raise ExportError(
+        raise ExportRequestError(
             f"needs one active adapter, found {_adapter_names(model)}: call set_adapter(NAME) first"
         )
     return kind
@@ -273,14 +277,14 @@ def _refuse_sharded(model: nn.Module) -> None:
 
 def _refuse_used_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
-        raise ExportError(f"{target} is a file: give a folder")
+        raise ExportRequestError(f"{target} is a file: give a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / MARKER).is_file() and not overwrite:
-        raise ExportError(
+        raise ExportRequestError(
             f"{target} holds files that are not an export of ours: give another folder, or overwrite=True "
             f"to move them to {target.name}.old"
         )
     if target.is_dir() and not _is_ours(target) and _aside(target).exists():
-        raise ExportError(
+        raise ExportRequestError(
             f"{_aside(target)} is in the way of keeping what {target} holds: move it away first"
         )
 

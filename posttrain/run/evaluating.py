@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from accelerate import PartialState
@@ -100,12 +100,16 @@ def evaluate_model(
     return result
 
 
-def reference_of(config: RunConfig, model: Any = None) -> Reference:
+def reference_of(config: RunConfig, model: Any = None, tokenizer: Any = None) -> Reference:
     """Return what gives the start of a preference run.
 
     Args:
         config: The run.
         model: The trained model of this run, if its adapter can be switched off to get the start.
+        tokenizer: Of what is compared with the start, where that may be another run's.
+
+    Raises:
+        posttrain.run.directory.RunError: On entering: the two have different vocabularies.
     """
 
     @contextlib.contextmanager
@@ -114,10 +118,23 @@ def reference_of(config: RunConfig, model: Any = None) -> Reference:
             with model.disable_adapter():
                 yield model
             return
-        start, _ = start_model(config, int(config.trainer.get("seed", 42)))
+        start, own = start_model(config, int(config.trainer.get("seed", 42)))
+        if tokenizer is not None:
+            _refuse_other_vocabulary(own.get_vocab(), tokenizer.get_vocab(), config.model.path)
         yield start.to(PartialState().device)
 
     return give
+
+
+def _refuse_other_vocabulary(start: Mapping[str, int], policy: Mapping[str, int], path: str) -> None:
+    """Refuse log-ratios between models whose tokens are not the same; one may have a few more."""
+    same, smaller = len(start.items() & policy.items()), min(len(start), len(policy))
+    if same < smaller:
+        raise RunError(
+            f"the model cannot be compared with {path}, the start that the configuration names: of {smaller} "
+            f"tokens {same} are the same in both vocabularies. Set model.path to what the model was "
+            "trained from"
+        )
 
 
 def fitting_pairs(config: RunConfig, rows: Dataset, model: Any, tokenizer: Any) -> tuple[Dataset, str, int]:

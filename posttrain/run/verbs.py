@@ -160,7 +160,9 @@ def evaluate_path(path: str, config: RunConfig, *, out: Path | None = None) -> E
         raise RunError(str(error)) from error
     try:
         judge = next(iter(rewards), None)
-        result = evaluate_model(config, model, tokenizer, rows, judge, reference=reference_of(config))
+        result = evaluate_model(
+            config, model, tokenizer, rows, judge, reference=reference_of(config, tokenizer=tokenizer)
+        )
     finally:
         for reward in rewards:
             reward.close()

@@ -179,7 +179,7 @@ def test_empty_sections_are_their_defaults(write):
         ("model.adapter={target_modules: 3}", "model.adapter.target_modules", "text, or a list of text"),
         ("model.trust_remote_code=yes", "model.trust_remote_code", "true or false"),
         ("data.train.size=true", "data.train.size", "a whole number at least 1, or null"),
-        ("rewards=[{verifier: {weight: .nan}}]", "rewards.0.weight", "a number"),
+        ("rewards=[{verifier: {weight: .nan}}]", "rewards.0.weight", "a finite number"),
         ("rewards=[3]", "rewards.0", "a mapping"),
         ("rewards=[{verifier: {deadline: 0}}]", "rewards.0.deadline", "a number above 0 and at most 3600"),
         ("evaluate.confidence=1", "evaluate.confidence", "a number above 0.5 and below 1"),
@@ -395,6 +395,18 @@ def test_file_kinds_and_hub_parameters_are_those_of_the_data_package():
 def test_prompt_templates(problems, template, message):
     found = problems(f"data.prompt_template='{template}'")
     assert message in found["data.prompt_template"].message
+
+
+@pytest.mark.parametrize("value", [".nan", "nan", ".inf", "-.inf", "Infinity"])
+def test_numbers_that_are_not_finite(problems, value):
+    for key, needed in (
+        ("methods.ace.alpha", "a finite number at"),
+        ("evaluate.temperature", "a finite number at"),
+    ):
+        found = problems(f"{key}={value}")[key]
+        assert found.message.endswith("has a value that is not finite")
+        assert found.needed.startswith(needed)
+        assert found.suggestion is None
 
 
 def test_weights_in_half_precision_that_swallow_their_steps(problems, monkeypatch):
