@@ -11,8 +11,12 @@ from peft import PeftModel
 from run_jobs import json_lines, posttrain
 from transformers import AutoModelForCausalLM
 
+from posttrain.config import method_pages
 from posttrain.config.check import check_config
 from posttrain.config.launch import as_launched
+from posttrain.config.load import load_document
+from posttrain.config.schema import expand_shorthands
+from posttrain.config.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
@@ -56,6 +60,17 @@ def absent_here(problem):
     if made:
         return not (ROOT / made[0]).exists()
     return "../shared/" in str(problem) and not SHARED.exists()
+
+
+def test_every_method_is_enabled_by_a_shipped_configuration():
+    enabled = set()
+    for path in CONFIGS:
+        data = expand_shorthands(load_document(path).data)
+        task = "rlvr" if TASKS[data["task"]].generates else data["task"]  # a method of rlvr is one of ttrl
+        enabled |= {(task, name) for name in data.get("methods") or ()}
+        enabled |= {("selection", (data.get("selection") or {}).get("method"))}
+    known = {(method_pages.task_of(cls), cls.name) for cls in method_pages.available().values()}
+    assert known - enabled == set()
 
 
 @pytest.mark.slow
