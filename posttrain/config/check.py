@@ -370,7 +370,23 @@ def _preference_rules(config: RunConfig) -> Iterator[Problem]:
 
 def _locate(problem: Problem, document: Document) -> Problem:
     node, depth = document.find(problem.path)
-    return dataclasses.replace(problem, where=node.where if depth else document.source)
+    located = dataclasses.replace(problem, where=node.where if depth else document.source)
+    if problem.message.endswith("does not exist") and isinstance(node.value, str):
+        file = (node.where or "").rpartition(":")[0]
+        if _commented(file, node.value):
+            told = f"the comments of {file} name it and may say how it is made"
+            told += f"; {problem.suggestion}" if problem.suggestion else ""
+            located = dataclasses.replace(located, suggestion=told)
+    return located
+
+
+def _commented(file: str, name: str) -> bool:
+    """Return whether a comment line of the configuration names a file: some are made by a script first."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):  # an override, which is said in no file
+        return False
+    return any(line.lstrip().startswith("#") and name in line for line in lines)
 
 
 def _line(problem: Problem) -> tuple[int, str, int]:

@@ -438,6 +438,17 @@ def test_regular_expressions(problems):
     assert "not a regular expression" in found["rewards.0.params.pattern"].message
 
 
+def test_a_file_that_has_to_be_made_first_is_told_by_the_comments_that_name_it(problems, write):
+    source = PLAIN.replace('"reasoning_gym:chain_sum"', "runs/made.jsonl")
+    relative = "paths are relative to the folder the command runs in"
+    assert problems(text=source)["data.source"].suggestion == relative
+    told = problems(text=f"# python make.py --out runs/made.jsonl\n{source}")["data.source"].suggestion
+    assert told == f"the comments of run.yaml name it and may say how it is made; {relative}"
+    # said on the command line, the comments of no file are meant
+    found = problems("data.source=runs/made.jsonl", text=f"# python make.py runs/made.jsonl\n{PLAIN}")
+    assert found["data.source"].suggestion == relative
+
+
 def test_models(problems, write, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
