@@ -74,7 +74,8 @@ app.command("best-of")(best_of)
 OVERRIDES_HELP = (
     "Changes on top of the file, with YAML values: trainer.learning_rate=1e-5, rewards=[verifier], "
     "methods.ace.alpha=0.5. null drops an optional section (evaluate=null); for a method it "
-    "means its defaults; methods=[] drops all methods."
+    "means its defaults; methods=[] drops all methods. A mapping merges with what is there "
+    "(methods={spine: {}} keeps ACE), a list or value replaces it (methods=[spine]); so does a selector."
 )
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES_HELP, show_default=False)

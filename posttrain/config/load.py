@@ -4,6 +4,7 @@
 of others. ``key.sub=value`` overrides are put on top of all. Putting on top means: mappings are merged
 key by key; everything else, lists and ``null`` included, replaces what was there. So ``evaluate: null``
 drops that section, ``methods: []`` drops all methods, and ``methods: {ace: null}`` is ACE with its defaults.
+A selection has one selector: another one takes its place (:mod:`posttrain.config.layers`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from posttrain.config.layers import put_on_top
 from posttrain.config.overrides import apply_override
-from posttrain.config.plain_yaml import Node, dump_yaml, merge, read_yaml
+from posttrain.config.plain_yaml import Node, dump_yaml, read_yaml
 from posttrain.config.problems import KeyPath, Problem, near_file
 
 
@@ -166,5 +168,5 @@ def _extend(node: Node, bases: Node, path: Path, problems: list[Problem], parent
             continue
         below = _read_file(target, problems, chain, base.where)
         if below is not None:
-            merged = below if merged is None else merge(merged, below)
-    return node if merged is None else merge(merged, node)
+            merged = below if merged is None else put_on_top(merged, below)
+    return node if merged is None else put_on_top(merged, node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from posttrain.config.layers import make_room
 from posttrain.config.plain_yaml import DEEPEST, Node, merge, read_yaml
 from posttrain.config.problems import Problem, dotted
 
@@ -38,6 +39,7 @@ def apply_override(override: str, root: Node, problems: list[Problem]) -> None:
             )
         return
     steps = key.split(".")
+    make_room(root, steps, value)
     node = root
     done: list[str] = []
     while True:

@@ -98,6 +98,12 @@ class Plan:
     runs: tuple[PlannedRun, ...]
     notes: tuple[str, ...]
 
+    @property
+    def switched_on(self) -> dict[str, str]:
+        """Methods and selection of each arm as all merging left them: an override may add to a mapping."""
+        first = {run.arm: run.config for run in reversed(self.runs)}
+        return {arm.name: _switched_on(first[arm.name]) for arm in self.arms}
+
 
 def parse_arm(text: str) -> Arm:
     """Read ``NAME:key=value,key=value``; a comma inside brackets or quotes belongs to the value.
@@ -194,6 +200,12 @@ def plan(
             "per-seed includes that."
         )
     return Plan(tuple(arms), seeds, base_seed, out, tuple(runs), tuple(notes))
+
+
+def _switched_on(config: RunConfig) -> str:
+    chosen = config.selection
+    selection = "none" if chosen is None else chosen.method or f"plan {chosen.plan}"
+    return f"methods {', '.join(config.methods) or 'none'}; selection {selection}"
 
 
 def _load(config: str | Path, overrides: Sequence[str], arms: Sequence[Arm]) -> list[RunConfig]:

@@ -63,6 +63,8 @@ def compare(plan: Plan, *, jobs: int = 1, say: Say = logger.info) -> Comparison:
     Raises:
         RunError: The folder is in use, holds something else, or holds runs of another configuration.
     """
+    for name, what in plan.switched_on.items():
+        say(f"arm {name}: {what}")
     _refuse_foreign(plan.out)
     plan.out.mkdir(parents=True, exist_ok=True)
     with _held(plan.out):

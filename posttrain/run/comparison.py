@@ -161,6 +161,8 @@ class Comparison:
             f"mean over {self.plan.seeds} seeds [{LEVEL:.0%} t interval]; differences are paired by seed",
             markup=False,
         )
+        for name, what in self.plan.switched_on.items():
+            console.print(f"{name}: {what}", markup=False, soft_wrap=True)
         first, *others = self.arm_names
         table = Table(box=None, pad_edge=False)
         for title in ("", first, *others, *(f"{name} - {first}" for name in others)):

@@ -47,6 +47,35 @@ def test_ways_to_write_a_selector(write, text, overrides):
     assert (selection.method, selection.params["ratio"], selection.round) == ("hft", 0.25, 2)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "selection={random: {budget: 0.01}}",
+        "selection.random={budget: 0.01}",
+        "selection.random.budget=0.01",
+        "selection={method: random, params: {budget: 0.01}}",
+    ],
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "selection: {fish: {budget: 0.02}, round: 3}",
+        "selection: {method: fish, params: {budget: 0.02}, round: 3}",
+    ],
+)
+def test_another_selector_takes_the_place_of_the_one_below(write, text, override):
+    selection = load_run_config(write(text), [override]).selection
+    assert selection is not None
+    assert (selection.method, selection.params["budget"], selection.round) == ("random", 0.01, 3)
+
+
+def test_another_selector_takes_the_place_of_that_of_the_file_below(write, tmp_path):
+    (tmp_path / "below.yaml").write_text(PLAIN + "selection: {fish: {budget: 0.02}, round: 3}\n")
+    selection = load_run_config(write("extends: below.yaml\nselection: {random: {budget: 0.01}}")).selection
+    assert selection is not None
+    assert (selection.method, selection.round) == ("random", 3)
+
+
 def test_a_bare_name_has_the_selectors_defaults(write):
     selection = load_run_config(write("selection: hft")).selection
     assert (selection.method, selection.params["ratio"], selection.backend) == ("hft", 0.5, "auto")

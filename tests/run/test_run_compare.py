@@ -13,6 +13,7 @@ from pathlib import Path
 import comparison_runs
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from posttrain.cli import app
@@ -248,6 +249,26 @@ def test_followers_wait_for_the_warm_start_and_jobs_are_bounded(config, tmp_path
     ]  # fmt: skip
 
 
+def test_what_each_arm_trains_with_is_shown_first_and_in_the_page(config, tmp_path, capsys):
+    given = [
+        Arm("ace"),
+        Arm("merged", ("methods={spine: {}}", "selection={random: {budget: 0.5}}")),
+        Arm("alone", ("methods=[spine]",)),
+    ]
+    design = plan(config, given, seeds=1, out=tmp_path / "out", overrides=["methods={ace: {}}"])
+    result = compare_runs(design, finished(design, {"ace": [0], "merged": [0], "alone": [0]}))
+    result.print(Console(width=200))
+    write_page(result, "posttrain compare x", tmp_path / "page.html")
+    expected = {
+        "ace": "methods ace; selection none",
+        "merged": "methods ace, spine; selection random",
+        "alone": "methods spine; selection none",
+    }
+    assert capsys.readouterr().out.splitlines()[1:4] == [f"{name}: {what}" for name, what in expected.items()]
+    page = (tmp_path / "page.html").read_text()
+    assert all(f"<td>{what}</td>" in page for what in expected.values())
+
+
 def test_one_job_runs_one_after_the_other_in_order(config, tmp_path, stand_in):
     out = tmp_path / "out"
     said = []
@@ -256,6 +277,7 @@ def test_one_job_runs_one_after_the_other_in_order(config, tmp_path, stand_in):
         "start a 7", "end a 7", "start better 7", "end better 7",
         "start a 8", "end a 8", "start better 8", "end better 8",
     ]  # fmt: skip
+    assert said[0] == "arm a: methods none; selection none"
     assert said[-1].startswith("[4/4] better, seed 1: finished in")
 
 
