@@ -28,6 +28,16 @@ from posttrain.sft import registry as sft_registry
 
 Method = rl.Method | preference.Method | sft.Method | Selector
 
+_COFS = "cofs is a function, no method: posttrain.preference.cofs; see 'posttrain methods ofs_dpo'"
+ELSEWHERE = {
+    "warm": "warm is a verb, no method: 'posttrain warm --help'; its page is that of posttrain.run.warm",
+    "s3ft": "s3ft is a verb and a section of the configuration, no method: 'posttrain s3ft --help'; its page "
+    "is that of posttrain.sft.s3ft",
+    "cofs": _COFS,
+    "cofs_dpo": _COFS,
+}
+"""Papers that are here, but not as a method: where they are."""
+
 
 def available() -> dict[str, type[Method]]:
     """Return the built-in methods of all tasks and the selectors, by name.
@@ -42,7 +52,16 @@ def available() -> dict[str, type[Method]]:
 
 
 def resolve(name: str) -> type[Method]:
-    """Return a method's class by ``NAME`` or ``TASK/NAME``, see :func:`posttrain.find_methods.resolve`."""
+    """Return a method's class by ``NAME`` or ``TASK/NAME``, in any case.
+
+    Raises:
+        KeyError: No such method; the message says where it lives, or names the nearest one.
+        TypeError: See :func:`posttrain.find_methods.resolve`.
+    """
+    if ":" not in name:
+        name = name.lower().replace("-", "_")
+    if name in ELSEWHERE:
+        raise KeyError(ELSEWHERE[name])
     task, _, alone = name.rpartition("/")
     cls = available().get(alone)
     if cls is not None and task == task_of(cls):

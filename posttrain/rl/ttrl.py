@@ -49,6 +49,9 @@ Composes with
     outvoted, and AEPO's tempered samples, which are judged by the vote of the main group of their prompt,
     inherit its errors (warnings). Refused: more than one reward function.
 
+Evidence at laptop size
+    On the page of ``spine``, beside SPINE's (``configs/evidence/spine.yaml``): no gain over the start.
+
 When not to use it
     When labels or a verifier exist, or when the majority is mostly wrong: a rising ``pseudo_reward`` is no
     progress, it only says that the samples agree more. Label a few problems and watch ``label_accuracy``.

@@ -207,3 +207,29 @@ def test_help_teaches(run):
     text = run("--help").output
     assert "posttrain check configs/rlvr/quickstart.yaml" in text
     assert "methods=[]" in " ".join(run("check", "--help").output.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("warm", "posttrain warm --help"),
+        ("WARM", "posttrain warm --help"),
+        ("s3ft", "posttrain s3ft --help"),
+        ("cofs", "posttrain methods ofs_dpo"),
+        ("COFS-DPO", "posttrain methods ofs_dpo"),
+    ],
+)
+def test_what_is_no_method_is_answered_with_where_it_lives(name, words):
+    from posttrain.config.method_pages import resolve
+
+    with pytest.raises(KeyError, match=words):
+        resolve(name)
+
+
+def test_methods_are_found_in_any_case_and_say_where_their_evidence_is():
+    from posttrain.config.method_pages import page, resolve
+
+    assert resolve("HFT").name == "hft"
+    assert resolve("Flex-DPO").name == "flex_dpo"
+    assert "page of ``spine``" in page(resolve("ttrl"))
+    assert "page of ``sparse_po``" in page(resolve("tdpo"))
