@@ -249,3 +249,21 @@ def test_every_file_it_names_exists():
         assert (ROOT / name).exists(), name
     for name in set(re.findall(r"(?:bash|train|check) ((?:scripts|configs)/[\w./]+)", README)):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    ("method", "caveat", "place"),
+    [
+        ("hft", "-0.092 [-0.260, 0.076]", "posttrain/selection/hft.py"),
+        ("spine", "first five", "posttrain/rl/spine.py"),
+        ("rpo", "0.005", "posttrain/preference/rpo.py"),
+        ("posttrain warm", "ne to three of the four members", "posttrain/run/warm.py"),
+        ("dynamic_sampling", "bar missed", "scripts/bench/README.md"),
+        ("dynamic_sampling", "0.84 [0.79, 0.90]", "scripts/bench/README.md"),
+    ],
+)
+def test_the_table_of_claims_says_what_the_pages_take_back(method, caveat, place):
+    cells = [line for line in README.splitlines() if line.startswith(f"| `{method}` | ")]
+    assert caveat in cells[-1]
+    page = " ".join((ROOT / place).read_text().replace("(+", " ").split())
+    assert caveat in page
