@@ -120,20 +120,24 @@ def reference_of(config: RunConfig, model: Any = None, tokenizer: Any = None) ->
             return
         start, own = start_model(config, int(config.trainer.get("seed", 42)))
         if tokenizer is not None:
-            _refuse_other_vocabulary(own.get_vocab(), tokenizer.get_vocab(), config.model.path)
+            _refuse_other_vocabulary(
+                own.get_vocab(), tokenizer.get_vocab(), config.model.path, tokenizer.name_or_path
+            )
         yield start.to(PartialState().device)
 
     return give
 
 
-def _refuse_other_vocabulary(start: Mapping[str, int], policy: Mapping[str, int], path: str) -> None:
+def _refuse_other_vocabulary(
+    start: Mapping[str, int], policy: Mapping[str, int], path: str, name: str
+) -> None:
     """Refuse log-ratios between models whose tokens are not the same; one may have a few more."""
     same, smaller = len(start.items() & policy.items()), min(len(start), len(policy))
     if same < smaller:
         raise RunError(
-            f"the model cannot be compared with {path}, the start that the configuration names: of {smaller} "
-            f"tokens {same} are the same in both vocabularies. Set model.path to what the model was "
-            "trained from"
+            f"{name or 'the model'} ({len(policy)} tokens) cannot be compared with {path} ({len(start)} "
+            f"tokens), the start that the configuration names: of {smaller} tokens {same} are the same in "
+            "both vocabularies. Set model.path to what the model was trained from"
         )
 
 

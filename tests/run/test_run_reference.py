@@ -29,8 +29,11 @@ def test_a_start_with_the_same_tokens_is_given(config):
 def test_another_vocabulary_is_refused(config):
     other = support.tokenizer()
     other.get_vocab = lambda: {token: 1 + i for token, i in support.tokenizer().get_vocab().items()}
+    other.name_or_path = "runs/other"
     with (
-        pytest.raises(RunError, match=r"of \d+ tokens 0 are the same .* Set model\.path to"),
+        pytest.raises(
+            RunError, match=r"runs/other \(\d+ tokens\) .* of \d+ tokens 0 are the same .* Set model\.path to"
+        ),
         reference_of(config, tokenizer=other)(),
     ):
         pass
