@@ -135,14 +135,22 @@ def test_a_wrong_configuration_is_told_once(two_ranks, tmp_path):
 
 
 def test_a_failure_of_the_writing_process_ends_both(two_ranks, tmp_path):
-    # the target of the export is in use by something else
+    (tmp_path / "file").write_text("x")
+    below = f"export.dir={tmp_path / 'file' / 'mine'}"
+    codes, _, err = launch(tmp_path, "train", two_ranks[0] / "config.yaml", "--resume", below)
+    assert codes == [1, 1], err[-4000:]
+    assert "failed (rank 0): " in err
+    assert "failed (rank 1): RuntimeError: the main process failed: " in err
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_target_in_use_by_something_else_is_told_once(two_ranks, tmp_path):
     target = tmp_path / "mine"
     target.mkdir()
     (target / "thesis.tex").write_text("x")
     codes, _, err = launch(
         tmp_path, "train", two_ranks[0] / "config.yaml", "--resume", f"export.dir={target}"
     )
-    assert codes == [1, 1], err[-4000:]
-    assert "failed (rank 0): " in err
-    assert "failed (rank 1): RuntimeError: the main process failed: " in err
+    assert codes == [2, 2], err[-4000:]
+    assert err.count("holds files that are not an export of ours") == 1
     assert (target / "thesis.tex").exists()
