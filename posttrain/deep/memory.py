@@ -458,8 +458,8 @@ def _sharded(subject: Subject, step: Mapping[str, int], traced: Traced) -> dict[
     buckets = parts.pop("DDP buckets", 0)
     reference = parts.get("reference model", 0)
     layer = 2 * traced.weights // max(_layers(subject.model), 1)
-    master = 0 if reduced == 4 or _masters(subject, traced) else 4 * traced.trainable
-    wider = 1 if _masters(subject, traced) else 4 // reduced
+    kept = reduced == 4 or _masters(subject, traced)  # in fp32 already, whatever launches it
+    wider, master = (1, 0) if kept else (2, 4 * traced.trainable)
     zero2 = parts | {
         "gradients": traced.gradients // ranks,
         "optimiser": (parts["optimiser"] * wider + master) // ranks,

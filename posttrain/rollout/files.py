@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from posttrain.rollout.updates import RolloutError, Update
+from posttrain.stored import finished_file
 
 EXTENSION = "posttrain.rollout.files.WeightFiles"
 """What ``--worker-extension-cls`` has to be."""
@@ -82,9 +83,8 @@ def write_updates(
                 flush()
         flush()
         content = {"version": version, "moving": None if moving is None else sorted(moving), "rows": rows}
-        partial = folder / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(folder / MANIFEST)
+        with finished_file(folder / MANIFEST) as partial:
+            partial.write_text(json.dumps(content), encoding="utf-8")
     except OSError as error:
         raise RolloutError(
             f"weights for the vLLM server cannot be written to {folder}: {error}; rollout.weights_dir must "

@@ -163,16 +163,19 @@ class SelectiveAdamW(Optimizer):
         else:
             denominator = (second.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
             value.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**step))
+        if value is parameter:
+            return
+        rounded = value.to(parameter.dtype)
         if "master" in state:
-            self._count(parameter if index is None else parameter.view(-1)[index], value)
+            self._count(parameter if index is None else parameter.view(-1)[index], rounded)
         if index is not None:
-            parameter.view(-1)[index] = value.to(parameter.dtype)
-        elif value is not parameter:
-            parameter.copy_(value)
+            parameter.view(-1)[index] = rounded
+        else:
+            parameter.copy_(rounded)
 
-    def _count(self, before: torch.Tensor, master: torch.Tensor) -> None:
+    def _count(self, before: torch.Tensor, after: torch.Tensor) -> None:
         """Add what a step changes in the weights' type; on the device, for :meth:`visible` to fetch."""
-        seen = (master.to(before.dtype) != before).sum()
+        seen = (after != before).sum()
         self._seen = self._seen.to(seen.device) + seen if self._mastered else seen
         self._mastered += before.numel()
 

@@ -170,6 +170,21 @@ def test_selections(tmp_path):
     assert dense.moments["optimiser"] > some.moments["optimiser"]
 
 
+def test_a_selection_in_half_precision_keeps_copies(tmp_path, monkeypatch):
+    """Two moments and a copy in fp32 for a scalar of 2 bytes; without copies the moments are in bf16."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    chosen = ("model.dtype=bfloat16", "selection={hft: {}}")
+    copies = predict(tmp_path, config(tmp_path), *chosen)
+    plain = predict(tmp_path, config(tmp_path), *chosen, "selection.master_weights=false")
+    assert copies.terms["optimiser"] == 12 * copies.trainable
+    assert plain.terms["optimiser"] == 4 * copies.trainable
+    # DeepSpeed keeps copies of its own, once, whatever the setting
+    assert copies.sharded["ZeRO-2"]["optimiser"] == plain.sharded["ZeRO-2"]["optimiser"]
+    assert copies.sharded["ZeRO-2"]["optimiser"] == 12 * copies.trainable // 2
+    other = predict(tmp_path, config(tmp_path), *chosen, "trainer.optim=sgd")
+    assert "optimiser" not in other.terms
+
+
 def test_rollouts(tmp_path):
     long = ("trainer.gradient_accumulation_steps=64", "trainer.max_completion_length=100")
     found = predict(tmp_path, config(tmp_path, "rlvr"), *long)

@@ -157,3 +157,16 @@ def test_wrong_settings_are_refused():
         SelectiveAdamW([weight], lr=-1)
     with pytest.raises(ValueError, match="in no group"):
         SelectiveAdamW([weight], {parameter([1.0]): torch.tensor([0])})
+
+
+@pytest.mark.parametrize(("index", "share"), [(None, 2 / 4), ([0, 1, 2], 1 / 3), ([0, 2], 0.0)])
+def test_what_a_step_changes_in_the_type_of_the_weights(index, share):
+    """The first steps are the learning rate; half of bf16's last place is 2e-3 below 1 and 0.5 below 256."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 1e-3, 256.0, 0.0], dtype=torch.bfloat16))
+    chosen = {} if index is None else {weight: torch.tensor(index)}
+    optimiser = SelectiveAdamW([weight], chosen, lr=5e-4)
+    assert optimiser.visible() is None
+    for _ in range(2):  # of the last step, not of all
+        weight.grad = torch.ones_like(weight)
+        optimiser.step()
+        assert optimiser.visible() == pytest.approx(share)
